@@ -1,0 +1,1 @@
+"""Embeddings to ranked identities: numpy, FAISS and SQLite; no torch and no HTTP."""

@@ -1,0 +1,166 @@
+"""What memory knows of each row besides its vector: enough to filter and to group."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.gallery import Filters
+from index.ranking import Rows
+from index.rows import to_microseconds
+
+_NONE = -1
+_NO_TIME = np.iinfo(np.int64).min
+_ROW = np.dtype(
+    [
+        ("key", np.int64),
+        ("start", np.int64),
+        ("identity", np.int32),
+        ("camera", np.int32),
+        ("alive", np.bool_),
+    ],
+    align=True,
+)
+
+
+class Columns:
+    """One entry a row, in order of keys. An entry's place is its *slot*.
+
+    Slots are what FAISS knows rows by. A removed row keeps its slot, dead, until `compact`, so the
+    other rows keep theirs. Names are held as numbers. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(64, dtype=_ROW)
+        self._used = 0
+        self._alive = 0
+        self._identities: dict[str, int] = {}
+        self._cameras: dict[str, int] = {}
+
+    @property
+    def alive(self) -> int:
+        """How many rows there are."""
+        return self._alive
+
+    @property
+    def dead(self) -> int:
+        """How many slots have lost their row."""
+        return self._used - self._alive
+
+    @property
+    def keys(self) -> Rows:
+        """The key of each slot, (N,) int64, ascending."""
+        keys: Rows = self._rows["key"]
+        return keys
+
+    def append(
+        self,
+        keys: Sequence[int],
+        identities: Iterable[str | None],
+        cameras: Iterable[str | None],
+        start_times: Iterable[int | None],
+    ) -> Rows:
+        """Add rows whose keys are greater than all before; returns their slots, (n,) int64."""
+        start, end = self._used, self._used + len(keys)
+        if end > len(self._buffer):
+            larger = np.empty(max(end, 2 * len(self._buffer)), dtype=_ROW)
+            larger[:start] = self._rows
+            self._buffer = larger
+        new = self._buffer[start:end]
+        new["key"] = keys
+        new["identity"] = [_code(self._identities, identity) for identity in identities]
+        new["camera"] = [_code(self._cameras, camera) for camera in cameras]
+        new["start"] = [_NO_TIME if time is None else time for time in start_times]
+        new["alive"] = True
+        self._used = end
+        self._alive += len(keys)
+        return np.arange(start, end, dtype=np.int64)
+
+    def slot(self, key: int) -> int:
+        """Where the row with a key is.
+
+        Raises:
+            KeyError: There is no such row.
+        """
+        slot = int(np.searchsorted(self.keys, key))
+        if slot == self._used or self._rows[slot]["key"] != key or not self._rows[slot]["alive"]:
+            raise KeyError(key)
+        return slot
+
+    def update(
+        self, slot: int, identity: str | None, camera: str | None, start_time: int | None
+    ) -> None:
+        """Replace what is known of a row."""
+        row = self._rows[slot]
+        row["identity"] = _code(self._identities, identity)
+        row["camera"] = _code(self._cameras, camera)
+        row["start"] = _NO_TIME if start_time is None else start_time
+
+    def bury(self, slot: int) -> None:
+        """Take a row away; its slot stays, dead."""
+        self._rows[slot]["alive"] = False
+        self._alive -= 1
+
+    def compact(self) -> None:
+        """Close the gaps that dead slots leave; the others move up in order."""
+        kept = self._rows[self._rows["alive"]]
+        self._buffer = kept
+        self._used = len(kept)
+
+    def mask(self, filters: Filters, without: Sequence[int] = ()) -> NDArray[np.bool_]:
+        """Which slots hold a row that passes.
+
+        Args:
+            filters: All but ``exclude_tracklets``, whose names are not kept here.
+            without: The keys of the tracklets to exclude.
+
+        Returns:
+            (N,) bool.
+        """
+        rows = self._rows
+        mask: NDArray[np.bool_] = rows["alive"].copy()
+        if filters.identities is not None:
+            mask &= _among(rows["identity"], self._identities, filters.identities)
+        if filters.unnamed:
+            mask &= rows["identity"] == _NONE
+        if filters.cameras is not None:
+            mask &= _among(rows["camera"], self._cameras, filters.cameras)
+        if filters.exclude_cameras:
+            mask &= ~_among(rows["camera"], self._cameras, filters.exclude_cameras)
+        if filters.since is not None:
+            mask &= rows["start"] >= to_microseconds(filters.since)
+        if filters.until is not None:
+            mask &= rows["start"] <= to_microseconds(filters.until)
+            mask &= rows["start"] != _NO_TIME
+        if without:
+            mask &= ~np.isin(rows["key"], without)
+        return mask
+
+    def groups(self, slots: Rows) -> Rows:
+        """A number for who each row shows, (n,) int64; rows without an identity have their own."""
+        identities = self._rows["identity"][slots].astype(np.int64)
+        return np.where(identities == _NONE, -1 - slots, identities)
+
+    def identities(self) -> int:
+        """How many distinct identities there are."""
+        rows = self._rows
+        named = rows["identity"][rows["alive"] & (rows["identity"] != _NONE)]
+        return int(np.count_nonzero(np.bincount(named)))
+
+    def unnamed(self) -> int:
+        """How many rows have no identity."""
+        return int(np.count_nonzero(self._rows["alive"] & (self._rows["identity"] == _NONE)))
+
+    @property
+    def _rows(self) -> NDArray[np.void]:
+        return self._buffer[: self._used]
+
+
+def _code(codes: dict[str, int], name: str | None) -> int:
+    return _NONE if name is None else codes.setdefault(name, len(codes))
+
+
+def _among(
+    column: NDArray[np.int32], codes: dict[str, int], names: Iterable[str]
+) -> NDArray[np.bool_]:
+    return np.isin(column, [codes[name] for name in names if name in codes])

@@ -1,0 +1,94 @@
+"""Records as SQLite keeps them: columns, times, filters."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from index.gallery import Filters, TrackletRecord
+
+# The order of `to_row` and `to_stored`.
+RECORD = (
+    "key, tracklet_id, identity, camera, start_time, end_time, metadata, "
+    "frames_received, frames_used, model, created_at, content"
+)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class Stored(NamedTuple):
+    """A record and its key: a positive integer that grows with every enrolment."""
+
+    key: int
+    record: TrackletRecord
+
+
+def to_microseconds(time: datetime | None) -> int | None:
+    """Microseconds since 1970 UTC of an aware time, exactly; None stays None."""
+    return None if time is None else (time - _EPOCH) // _MICROSECOND
+
+
+def from_microseconds(microseconds: int | None) -> datetime | None:
+    """The aware UTC time that `to_microseconds` took."""
+    return None if microseconds is None else _EPOCH + microseconds * _MICROSECOND
+
+
+def to_row(record: TrackletRecord) -> tuple[Any, ...]:
+    """The values of `RECORD`, but for the key."""
+    return (
+        record.tracklet_id,
+        record.identity,
+        record.camera,
+        to_microseconds(record.start_time),
+        to_microseconds(record.end_time),
+        json.dumps(dict(record.metadata), allow_nan=False),
+        record.frames_received,
+        record.frames_used,
+        record.model,
+        to_microseconds(record.created_at),
+        record.content,
+    )
+
+
+def to_stored(row: tuple[Any, ...]) -> Stored:
+    """The record in a row of `RECORD`."""
+    record = TrackletRecord(
+        tracklet_id=row[1],
+        identity=row[2],
+        camera=row[3],
+        start_time=from_microseconds(row[4]),
+        end_time=from_microseconds(row[5]),
+        metadata=json.loads(row[6]),
+        frames_received=row[7],
+        frames_used=row[8],
+        model=row[9],
+        created_at=_EPOCH + row[10] * _MICROSECOND,
+        content=row[11],
+    )
+    return Stored(row[0], record)
+
+
+def where(filters: Filters) -> tuple[str, list[Any]]:
+    """The SQL of filters: conditions that each begin with AND, and their values."""
+    conditions: list[tuple[str, Any]] = []
+    if filters.identities is not None:
+        chosen = json.dumps(sorted(filters.identities))
+        conditions.append(("identity IN (SELECT value FROM json_each(?))", chosen))
+    if filters.cameras is not None:
+        chosen = json.dumps(sorted(filters.cameras))
+        conditions.append(("camera IN (SELECT value FROM json_each(?))", chosen))
+    if filters.exclude_cameras:
+        left_out = json.dumps(sorted(filters.exclude_cameras))
+        not_in = "NOT IN (SELECT value FROM json_each(?))"
+        conditions.append((f"(camera IS NULL OR camera {not_in})", left_out))
+    if filters.since is not None:
+        conditions.append(("start_time >= ?", to_microseconds(filters.since)))
+    if filters.until is not None:
+        conditions.append(("start_time <= ?", to_microseconds(filters.until)))
+    if filters.exclude_tracklets:
+        left_out = json.dumps(sorted(filters.exclude_tracklets))
+        conditions.append(("tracklet_id NOT IN (SELECT value FROM json_each(?))", left_out))
+    sql = [f"AND {condition}" for condition, _ in conditions]
+    if filters.unnamed:
+        sql.append("AND identity IS NULL")
+    return " ".join(sql), [value for _, value in conditions]

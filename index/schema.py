@@ -1,0 +1,162 @@
+"""The SQLite file: how it is opened, recognised and brought to the newest form."""
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from index.gallery import (
+    DamagedGalleryError,
+    GalleryUnavailableError,
+    StorageFullError,
+)
+
+APPLICATION_ID = 0x50415353  # "PASS", in the header of every file of ours
+BUSY_TIMEOUT_MS = 5000
+
+# Migration i brings a file from version i to i + 1. A published migration never changes.
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE tracklets (
+        -- AUTOINCREMENT: a key is never used twice, so keys are the order of enrolment for ever
+        key INTEGER PRIMARY KEY AUTOINCREMENT,
+        tracklet_id TEXT NOT NULL UNIQUE,
+        identity TEXT,
+        camera TEXT,
+        start_time INTEGER,  -- microseconds since 1970 UTC, like all times
+        end_time INTEGER,
+        metadata TEXT NOT NULL,
+        frames_received INTEGER NOT NULL,
+        frames_used INTEGER NOT NULL,
+        model TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        content TEXT NOT NULL
+    );
+    CREATE INDEX tracklets_identity ON tracklets (identity);
+    CREATE INDEX tracklets_camera ON tracklets (camera);
+    CREATE INDEX tracklets_start_time ON tracklets (start_time);
+    CREATE TABLE embeddings (
+        key INTEGER PRIMARY KEY REFERENCES tracklets (key) ON DELETE CASCADE,
+        vector BLOB NOT NULL  -- D little-endian float32
+    );
+    CREATE TABLE strips (
+        key INTEGER PRIMARY KEY REFERENCES tracklets (key) ON DELETE CASCADE,
+        jpeg BLOB NOT NULL
+    );
+    """,
+)
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn SQLite's errors into the gallery's.
+
+    Args:
+        doing: What is being tried, for the message: "write the gallery".
+
+    Raises:
+        StorageFullError: The disk is full.
+        GalleryUnavailableError: SQLite reports anything else.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        if _code(error) == sqlite3.SQLITE_FULL:
+            raise StorageFullError(f"cannot {doing}: the disk is full") from error
+        raise GalleryUnavailableError(f"cannot {doing}: {error}") from error
+
+
+def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Connection:
+    """Open the one connection that writes, and bring the file to the newest version.
+
+    Args:
+        path: The file, already made; an empty one becomes a gallery.
+        migrations: See `MIGRATIONS`.
+
+    Raises:
+        DamagedGalleryError: The file is not a gallery, or comes from a newer version; it is left
+            as it was.
+        StorageFullError: The disk is full.
+        GalleryUnavailableError: It cannot be opened.
+    """
+    connection = _connect(path)
+    try:
+        with translated("open the gallery"), _damage_told():
+            _recognise(connection, newest=len(migrations))
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            # Erased means overwritten with zeros, not only forgotten.
+            connection.execute("PRAGMA secure_delete = ON")
+            _migrate(connection, migrations)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def open_reader(path: Path) -> sqlite3.Connection:
+    """Open a connection that cannot write."""
+    with translated("read the gallery"):
+        connection = _connect(path)
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    with translated("open the gallery"):
+        return sqlite3.connect(
+            path,
+            timeout=BUSY_TIMEOUT_MS / 1000,
+            isolation_level=None,  # transactions begin and end where we say
+            check_same_thread=False,  # a connection has one user at a time: the pool sees to it
+        )
+
+
+def _recognise(connection: sqlite3.Connection, newest: int) -> None:
+    [application_id] = connection.execute("PRAGMA application_id").fetchone()
+    [version] = connection.execute("PRAGMA user_version").fetchone()
+    [objects] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    is_blank = (application_id, version, objects) == (0, 0, 0)
+    if application_id != APPLICATION_ID and not is_blank:
+        raise DamagedGalleryError(
+            f"expected a gallery file (application id {APPLICATION_ID}), "
+            f"got an SQLite file of another application ({application_id})"
+        )
+    if version > newest:
+        raise DamagedGalleryError(
+            f"expected a gallery of version {newest} or older, got version {version}: "
+            "it was written by a newer Passerby"
+        )
+
+
+def _migrate(connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
+    [version] = connection.execute("PRAGMA user_version").fetchone()
+    for number, migration in enumerate(migrations[version:], start=version + 1):
+        with closing(connection.cursor()) as cursor:
+            try:
+                cursor.executescript(
+                    f"BEGIN IMMEDIATE; {migration}; PRAGMA user_version = {number};"
+                    f"PRAGMA application_id = {APPLICATION_ID}; COMMIT"
+                )
+            finally:
+                if connection.in_transaction:
+                    cursor.execute("ROLLBACK")
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        if _code(error) in {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}:
+            message = f"expected a gallery file, got a damaged or foreign one: {error}"
+            raise DamagedGalleryError(message) from error
+        raise
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    # Absent where the module itself complains, as of a closed connection. The low byte is the
+    # primary code; the rest says more of the same.
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return code if code is None else code & 0xFF

@@ -1,0 +1,381 @@
+"""The truth: records, embeddings and strips in one SQLite file."""
+
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from index.gallery import (
+    DamagedGalleryError,
+    Embeddings,
+    Enrolment,
+    Filters,
+    GalleryUnavailableError,
+    NotFoundError,
+    TrackletRecord,
+)
+from index.locks import DirectoryLock
+from index.rows import RECORD, Stored, to_microseconds, to_row, to_stored, where
+from index.schema import BUSY_TIMEOUT_MS, MIGRATIONS, open_reader, open_writer, translated
+
+FILE_NAME = "passerby.sqlite3"
+LOCK_NAME = "passerby.lock"
+
+_log = logging.getLogger(__name__)
+_VECTOR = np.dtype("<f4")
+
+
+class Content(NamedTuple):
+    """How much the store holds, and of what. Both are None while it is empty."""
+
+    tracklets: int
+    model: str | None
+    dimension: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive rows, with what a search needs to know of them.
+
+    Args:
+        keys: N keys, ascending.
+        identities: N identities.
+        cameras: N cameras.
+        start_times: N times in microseconds since 1970 UTC.
+        vectors: (N, D) float32.
+    """
+
+    keys: Sequence[int]
+    identities: Sequence[str | None]
+    cameras: Sequence[str | None]
+    start_times: Sequence[int | None]
+    vectors: Embeddings
+
+    @classmethod
+    def of(cls, keys: Sequence[int], enrolments: Sequence[Enrolment]) -> "Chunk":
+        """The rows that enrolments became."""
+        records = [enrolment.record for enrolment in enrolments]
+        return cls(
+            keys,
+            [record.identity for record in records],
+            [record.camera for record in records],
+            [to_microseconds(record.start_time) for record in records],
+            np.stack([enrolment.embedding for enrolment in enrolments]),
+        )
+
+
+class Transaction:
+    """Changes that happen together at `commit`, or not at all."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def taken(self, tracklet_ids: Iterable[str]) -> list[str]:
+        """Those of the ids that are in use, sorted."""
+        rows = self._connection.execute(
+            "SELECT tracklet_id FROM tracklets "
+            "WHERE tracklet_id IN (SELECT value FROM json_each(?)) ORDER BY tracklet_id",
+            [json.dumps(list(tracklet_ids))],
+        )
+        return [tracklet_id for (tracklet_id,) in rows.fetchall()]
+
+    def get(self, tracklet_id: str) -> Stored:
+        """A record as it is before the commit.
+
+        Raises:
+            NotFoundError: No tracklet has this id.
+        """
+        return _get(self._connection, tracklet_id)
+
+    def insert(self, enrolment: Enrolment) -> int:
+        """Add a tracklet; returns its key."""
+        cursor = self._connection.execute(
+            f"INSERT INTO tracklets ({RECORD}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+            to_row(enrolment.record),
+        )
+        key = cursor.lastrowid
+        vector = enrolment.embedding.astype(_VECTOR, copy=False).tobytes()
+        self._connection.execute("INSERT INTO embeddings VALUES (?, ?)", (key, vector))
+        if enrolment.strip is not None:
+            self._connection.execute("INSERT INTO strips VALUES (?, ?)", (key, enrolment.strip))
+        return int(key or 0)
+
+    def replace(self, stored: Stored) -> None:
+        """Write a record over the one with its key."""
+        self._connection.execute(
+            f"UPDATE tracklets SET ({RECORD}) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE key = ?",  # noqa: S608
+            (stored.key, *to_row(stored.record), stored.key),
+        )
+
+    def delete(self, key: int) -> None:
+        """Erase a tracklet with all that hangs on it."""
+        self._connection.execute("DELETE FROM tracklets WHERE key = ?", (key,))
+
+    def commit(self) -> None:
+        """Make the changes durable and visible."""
+        with translated("write the gallery"):
+            self._connection.execute("COMMIT")
+
+
+class Store:
+    """One gallery directory: a writing connection, and as many reading ones as are needed at once.
+
+    Reading may happen from any thread. Who writes sees to it that nobody else does.
+
+    Args:
+        directory: Made, readable for its owner only, if it is missing.
+        migrations: See `index.schema.MIGRATIONS`.
+
+    Raises:
+        GalleryUnavailableError: The directory cannot be used, or is open elsewhere.
+        DamagedGalleryError: The file in it is not a gallery that this version can read.
+        StorageFullError: The disk is full.
+    """
+
+    def __init__(self, directory: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
+        self._path = directory / FILE_NAME
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"cannot make the gallery's directory {directory}: {error.strerror}"
+            raise GalleryUnavailableError(message) from error
+        self._lock = DirectoryLock(directory / LOCK_NAME)
+        try:
+            self._inode = _touch(self._path)
+            self._writer = open_writer(self._path, migrations)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
+        self._closed = False
+
+    def close(self) -> None:
+        """Release the file. Reads under way end first-come; new ones are refused."""
+        self._closed = True
+        self._close_idle_readers()
+        self._writer.close()
+        self._lock.release()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Begin a transaction; without a commit in the block, nothing has happened after it.
+
+        Raises:
+            StorageFullError: The disk is full.
+            GalleryUnavailableError: The file cannot be written.
+        """
+        with translated("write the gallery"):
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield Transaction(self._writer)
+            finally:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+
+    def forget(self) -> None:
+        """Empty the write-ahead log, where erased content lives on until it is overwritten.
+
+        Somebody who is just reading can prevent it; then the next call, or closing, does it.
+        """
+        try:
+            self._writer.execute("PRAGMA busy_timeout = 0")
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._writer.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        except sqlite3.Error as error:
+            _log.warning("the write-ahead log could not be emptied: %s", error)
+
+    def get(self, tracklet_id: str) -> Stored:
+        """A record by id.
+
+        Raises:
+            NotFoundError: No tracklet has this id.
+        """
+        with self._reading() as connection:
+            return _get(connection, tracklet_id)
+
+    def embedding(self, tracklet_id: str) -> Embeddings:
+        """A (D,) float32 embedding by id.
+
+        Raises:
+            NotFoundError: No tracklet has this id.
+        """
+        blob = self._blob(tracklet_id, "SELECT vector FROM embeddings WHERE key = ?")
+        return _to_matrix([blob]).reshape(-1)
+
+    def strip(self, tracklet_id: str) -> bytes:
+        """JPEG bytes by id.
+
+        Raises:
+            NotFoundError: No tracklet has this id, or none was kept for it.
+        """
+        return self._blob(tracklet_id, "SELECT jpeg FROM strips WHERE key = ?")
+
+    def page(self, filters: Filters, *, after: int, limit: int) -> list[Stored]:
+        """Records that pass the filters, by key, beginning after a key."""
+        conditions, values = where(filters)
+        with self._reading() as connection:
+            rows = connection.execute(
+                f"SELECT {RECORD} FROM tracklets WHERE key > ? {conditions} ORDER BY key LIMIT ?",  # noqa: S608
+                [after, *values, limit],
+            )
+            return [to_stored(row) for row in rows.fetchall()]
+
+    def keys(self, tracklet_ids: Iterable[str]) -> list[int]:
+        """The keys of those ids that exist."""
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT key FROM tracklets WHERE tracklet_id IN (SELECT value FROM json_each(?))",
+                [json.dumps(list(tracklet_ids))],
+            )
+            return [key for (key,) in rows.fetchall()]
+
+    def records(self, keys: Sequence[int]) -> list[TrackletRecord]:
+        """Records by key, in the order of ``keys``."""
+        rows = self._by_key(
+            keys,
+            f"SELECT {RECORD} FROM tracklets WHERE key IN (SELECT value FROM json_each(?))",  # noqa: S608
+        )
+        return [to_stored(row).record for row in rows]
+
+    def vectors(self, keys: Sequence[int]) -> tuple[list[str], Embeddings]:
+        """Tracklet ids and (n, D) float32 embeddings by key, in the order of ``keys``."""
+        rows = self._by_key(
+            keys,
+            "SELECT key, tracklet_id, vector FROM tracklets JOIN embeddings USING (key) "
+            "WHERE key IN (SELECT value FROM json_each(?))",
+        )
+        return [tracklet_id for _, tracklet_id, _ in rows], _to_matrix([row[2] for row in rows])
+
+    def sample(self, count: int) -> Embeddings:
+        """Embeddings drawn at random, (at most ``count``, D) float32; the same every time."""
+        with self._reading() as connection:
+            rows = connection.execute("SELECT key FROM tracklets ORDER BY key").fetchall()
+        keys = np.array(rows, dtype=np.int64).reshape(-1)
+        drawn = np.random.default_rng(0).permutation(keys)[:count]
+        return self.vectors(np.sort(drawn).tolist())[1]
+
+    def content(self) -> Content:
+        """How much there is, and of what.
+
+        Raises:
+            DamagedGalleryError: Embeddings of two models, or of two sizes, or a tracklet without.
+        """
+        with self._reading() as connection:
+            tracklets, models, model = connection.execute(
+                "SELECT count(*), count(DISTINCT model), min(model) FROM tracklets"
+            ).fetchone()
+            vectors, smallest, greatest = connection.execute(
+                "SELECT count(*), min(length(vector)), max(length(vector)) FROM embeddings"
+            ).fetchone()
+        if not tracklets == vectors or models > 1 or smallest != greatest:
+            raise DamagedGalleryError(
+                f"expected embeddings of one model and size for {tracklets} tracklets, got "
+                f"{vectors} of {models} models and {smallest} to {greatest} bytes"
+            )
+        return Content(tracklets, model, smallest // _VECTOR.itemsize if tracklets else None)
+
+    def chunks(self, rows: int) -> Iterator[Chunk]:
+        """Everything, by key, ``rows`` at a time."""
+        after = 0
+        while found := self._chunk(after, rows):
+            keys, identities, cameras, start_times, blobs = zip(*found, strict=True)
+            yield Chunk(keys, identities, cameras, start_times, _to_matrix(blobs))
+            after = keys[-1]
+
+    def check(self) -> None:
+        """Return when the file is where it was and can be read.
+
+        Raises:
+            GalleryUnavailableError: It cannot; the message says why.
+        """
+        try:
+            inode = self._path.stat().st_ino
+        except OSError as error:
+            message = f"the gallery's file is out of reach: {error.strerror}"
+            raise GalleryUnavailableError(message) from error
+        # SQLite would go on with the deleted file, and lose everything at the next start.
+        if inode != self._inode:
+            raise GalleryUnavailableError("another file has taken the place of the gallery's")
+        with self._reading() as connection:
+            connection.execute("SELECT key FROM tracklets LIMIT 1").fetchall()
+
+    def _chunk(self, after: int, rows: int) -> list[Any]:
+        with self._reading() as connection:
+            return connection.execute(
+                "SELECT key, identity, camera, start_time, vector FROM tracklets "
+                "JOIN embeddings USING (key) WHERE key > ? ORDER BY key LIMIT ?",
+                (after, rows),
+            ).fetchall()
+
+    def _blob(self, tracklet_id: str, query: str) -> bytes:
+        with self._reading() as connection:
+            key = _get(connection, tracklet_id).key
+            row = connection.execute(query, (key,)).fetchone()
+        if row is None:
+            raise NotFoundError(f"nothing of this kind is kept for {tracklet_id}")
+        return bytes(row[0])
+
+    def _by_key(self, keys: Sequence[int], query: str) -> list[Any]:
+        with self._reading() as connection:
+            rows = {row[0]: row for row in connection.execute(query, [json.dumps(keys)])}
+        if missing := [key for key in keys if key not in rows]:
+            raise GalleryUnavailableError(f"rows are missing from the store: {missing[:3]}")
+        return [rows[key] for key in keys]
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        if self._closed:
+            raise GalleryUnavailableError("the gallery is closed")
+        try:
+            connection = self._idle_readers.get_nowait()
+        except Empty:
+            connection = open_reader(self._path)
+        try:
+            with translated("read the gallery"):
+                yield connection
+        finally:
+            self._idle_readers.put(connection)
+            if self._closed:  # while this one was at work
+                self._close_idle_readers()
+
+    def _close_idle_readers(self) -> None:
+        while True:
+            try:
+                self._idle_readers.get_nowait().close()
+            except Empty:
+                return
+
+
+def _touch(path: Path) -> int:
+    """Make the file, for its owner only, if it is missing; returns its inode."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            return os.fstat(file).st_ino
+        finally:
+            os.close(file)
+    except OSError as error:
+        message = f"cannot open the gallery's file: {error.strerror}"
+        raise GalleryUnavailableError(message) from error
+
+
+def _get(connection: sqlite3.Connection, tracklet_id: str) -> Stored:
+    row = connection.execute(
+        f"SELECT {RECORD} FROM tracklets WHERE tracklet_id = ?",  # noqa: S608
+        (tracklet_id,),
+    ).fetchone()
+    if row is None:
+        raise NotFoundError(f"no tracklet has the id {tracklet_id}")
+    return to_stored(row)
+
+
+def _to_matrix(blobs: Sequence[bytes]) -> Embeddings:
+    return np.frombuffer(b"".join(blobs), dtype=_VECTOR).astype(np.float32).reshape(len(blobs), -1)

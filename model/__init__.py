@@ -1,0 +1,1 @@
+"""Pixels to embeddings: PyTorch; no HTTP and no FAISS."""

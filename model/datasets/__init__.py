@@ -1,0 +1,1 @@
+"""Tracklets on disk and drawn ones: one module per layout."""

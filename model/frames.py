@@ -1,0 +1,201 @@
+"""Which frames are used, and how they become input: one path for training and serving.
+
+Two steps, so that a service can do the first beside its decoding and the second beside its network:
+`prepare_frame` makes any decoded image a uint8 crop of the network's size, `normalise` makes a
+batch of
+such crops float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from model.errors import InvalidFramesError
+
+Clip = NDArray[np.uint8]
+Sampling = Literal["even", "random", "all"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+_RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_MODES_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image becomes network input; saved in the checkpoint.
+
+    Args:
+        height: Of the network's input, pixels.
+        width: Of the network's input, pixels.
+        mean: Per channel R, G, B, of values in 0-1; the default is ImageNet's.
+        std: Likewise.
+        interpolation: Of the resize, which always filters against aliasing.
+    """
+
+    height: int = 256
+    width: int = 128
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.height < 32 or self.width < 32:
+            raise ValueError(f"expected an input of at least 32x32, got {self.width}x{self.height}")
+        if self.interpolation not in _RESAMPLING:
+            raise ValueError(
+                f"interpolation: expected {tuple(_RESAMPLING)}, got {self.interpolation!r}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"expected 3 means and 3 positive deviations, got {self.mean}, {self.std}"
+            )
+
+
+def choose_frames(
+    received: int,
+    used: int,
+    sampling: Sampling = "even",
+    generator: np.random.Generator | None = None,
+) -> list[int]:
+    """Choose which frames of a tracklet make its embedding.
+
+    Args:
+        received: How many frames the tracklet has, >= 1.
+        used: How many to choose, >= 1; "all" ignores it.
+        sampling: "even" takes the middle frame of each of ``used`` equal parts, or every frame
+        once where
+            there are fewer. "random" draws ``used`` without replacement, in temporal order, and
+            always
+            returns ``used``: a shorter tracklet starts again from its first frame. "all" takes all.
+        generator: Source of "random" draws, which need one.
+
+    Returns:
+        Indices into the tracklet, ascending but for the wrapped ones.
+
+    Raises:
+        InvalidFramesError: There is no frame to choose from.
+        ValueError: Another argument is out of range.
+    """
+    if received < 1:
+        raise InvalidFramesError("expected at least one frame, got none")
+    if used < 1:
+        raise ValueError(f"used: expected at least 1, got {used}")
+    if sampling not in get_args(Sampling):
+        raise ValueError(f"sampling: expected {get_args(Sampling)}, got {sampling!r}")
+    if sampling == "random":
+        if generator is None:
+            raise ValueError("random sampling: expected a seeded generator, got None")
+        if received < used:
+            return [position % received for position in range(used)]
+        return sorted(generator.choice(received, size=used, replace=False).tolist())
+    if sampling == "all" or received <= used:
+        return list(range(received))
+    return [(2 * part + 1) * received // (2 * used) for part in range(used)]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any decoded still image to 8-bit RGB, upright.
+
+    EXIF rotation is applied. 16-bit greyscale keeps its high byte. Transparent parts take the
+    colour that
+    normalises to about zero (the ImageNet mean), because what a cut-out hides under them is
+    arbitrary.
+
+    Returns:
+        An image of mode RGB.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit greys to 255 instead of scaling them.
+        levels = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray(np.clip(levels / 257, 0, 255).round().astype(np.uint8))
+    elif image.mode in _MODES_WITH_ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (124, 116, 104, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def prepare_frame(image: Image.Image, preprocessing: Preprocessing) -> Clip:
+    """Resize one decoded image to the network's input.
+
+    Args:
+        image: Any mode and size.
+        preprocessing: Of the checkpoint that will embed it.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    size = (preprocessing.width, preprocessing.height)
+    # Pillow widens its filter with the scale, which is what antialiasing means.
+    resized = to_rgb(image).resize(size, _RESAMPLING[preprocessing.interpolation])
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def normalise(frames: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Scale prepared frames to the network's value range.
+
+    Args:
+        frames: (N, height, width, 3) uint8 RGB, on any device.
+        preprocessing: Of the checkpoint that will embed them.
+
+    Returns:
+        (N, 3, height, width) float32, in channels-last memory order.
+
+    Raises:
+        InvalidFramesError: ``frames`` has another shape or type.
+    """
+    expected = (preprocessing.height, preprocessing.width, 3)
+    if frames.ndim != 4 or tuple(frames.shape[1:]) != expected or frames.dtype != torch.uint8:
+        raise InvalidFramesError(
+            f"expected frames (N, {expected[0]}, {expected[1]}, 3) uint8, "
+            f"got {tuple(frames.shape)} {frames.dtype}"
+        )
+    mean = torch.tensor(preprocessing.mean, device=frames.device)
+    std = torch.tensor(preprocessing.std, device=frames.device)
+    return ((frames.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def read_clip(
+    frames: Sequence[Path],
+    preprocessing: Preprocessing,
+    *,
+    used: int = 15,
+    sampling: Sampling = "even",
+    generator: np.random.Generator | None = None,
+) -> Clip:
+    """Choose frames of a tracklet on disk, then decode and prepare only those.
+
+    Args:
+        frames: Image files in temporal order.
+        preprocessing: Of the checkpoint that will embed them.
+        used: See `choose_frames`, likewise the next two.
+        sampling: How frames are chosen.
+        generator: Source of random choices.
+
+    Returns:
+        (T, height, width, 3) uint8 RGB.
+
+    Raises:
+        InvalidFramesError: There is no frame, or one cannot be decoded.
+    """
+    clip = []
+    for position in choose_frames(len(frames), used, sampling, generator):
+        try:
+            with Image.open(frames[position]) as image:
+                clip.append(prepare_frame(image, preprocessing))
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
+            raise InvalidFramesError(
+                f"expected an image, could not decode {frames[position]}"
+            ) from error
+    return np.stack(clip)

@@ -1,0 +1,258 @@
+"""TrackletNet: the network that turns the frames of a tracklet into one embedding.
+
+Wang and Zhao, *Temporal Regularized Spatial Attention for Video-based Person Re-identification*,
+section 2,
+read top to bottom: ResNet-50 with its last stage at stride 1, spatial attention (Eq. 1-2),
+weighted pooling
+(Eq. 3), temporal average pooling. Shape letters: B tracklets, T frames, C channels, H W cells, D
+embedding.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal, get_args, overload
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet, resnet50
+
+from model.errors import InvalidFramesError
+
+Attention = Literal["softmax", "mean", "l1", "none"]
+Pool = Literal["sum", "mean"]
+EMBEDDING_DIM = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """Which reading of the paper a network follows; saved in its checkpoint.
+
+    Args:
+        attention: How Eq. 1-2 are read, see `SpatialAttention`.
+        temperature: What R is divided by before the softmax; 1 is the printed Eq. 2.
+        pool: "sum" weighs the cells and adds them up; "mean" also divides by their number, as Fig.
+        1 prints.
+    """
+
+    attention: Attention = "softmax"
+    temperature: float | Literal["std"] = "std"
+    pool: Pool = "sum"
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(Attention):
+            raise ValueError(f"attention: expected {get_args(Attention)}, got {self.attention!r}")
+        if self.pool not in get_args(Pool):
+            raise ValueError(f"pool: expected {get_args(Pool)}, got {self.pool!r}")
+        if isinstance(self.temperature, str):
+            positive = self.temperature == "std"
+        else:
+            positive = 0 < self.temperature < float("inf")
+        if not positive:
+            raise ValueError(
+                f'temperature: expected a positive number or "std", got {self.temperature!r}'
+            )
+
+
+def build_backbone() -> nn.Sequential:
+    """The ResNet-50 of torchvision up to its last feature map, with the last stage at stride 1.
+
+    Children keep torchvision's names, so a torchvision state dict without ``fc`` loads as it is.
+
+    Returns:
+        A module from (B, 3, 256, 128) to (B, 2048, 16, 8), 23,508,032 parameters.
+    """
+    resnet: ResNet = resnet50()
+    # The stride of a bottleneck sits in its 3x3 convolution and in its shortcut.
+    last_stage = resnet.layer4[0]
+    last_stage.conv2.stride = (1, 1)
+    last_stage.downsample[0].stride = (1, 1)
+    kept = [
+        (name, child) for name, child in resnet.named_children() if name not in ("avgpool", "fc")
+    ]
+    return nn.Sequential(OrderedDict(kept))
+
+
+class SpatialAttention(nn.Module):
+    """Where each frame looks: a parameter-free map over its feature cells.
+
+    Wang and Zhao, Eq. 1-2, with a temperature:
+
+        R(i, j) = sum_c f_c(i, j),    a = softmax_ij(R / temperature)
+
+    Temperature 1 is the printed form. It saturates: on trained weights one cell of 128 takes 0.99
+    of the mass.
+
+    Args:
+        temperature: A positive number, or "std" for each frame's own spatial deviation of R
+        (scale-free).
+        attention: "softmax" as above; "mean" is softmax(R / C); "l1" is R / sum(R), as the code of
+        the
+            paper's reference [16]; "none" is uniform, which makes the pooling a plain average.
+    """
+
+    def __init__(
+        self, temperature: float | Literal["std"] = "std", attention: Attention = "softmax"
+    ) -> None:
+        super().__init__()
+        NetworkConfig(attention=attention, temperature=temperature)  # refuses what is not a reading
+        self.temperature = temperature
+        self.attention = attention
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to attention.
+
+        Args:
+            features: Backbone output, (B, C, H, W), non-negative.
+
+        Returns:
+            Attention, (B, H, W) float32; each map is non-negative and sums to 1.
+        """
+        if features.ndim != 4:
+            raise InvalidFramesError(
+                f"expected features (B, C, H, W), got shape {tuple(features.shape)}"
+            )
+        with torch.autocast(features.device.type, enabled=False):
+            saliency = features.float().sum(
+                dim=1
+            )  # (B, H, W); bfloat16 would round R in steps of 4
+            weights = self._weights(saliency.flatten(1), channels=features.shape[1])  # (B, H*W)
+            return weights.view_as(saliency)
+
+    def _weights(self, saliency: Tensor, channels: int) -> Tensor:
+        uniform = torch.full_like(saliency, 1 / saliency.shape[1])
+        if self.attention == "none":
+            return uniform
+        if self.attention == "l1":
+            mass = saliency.sum(dim=1, keepdim=True)
+            return torch.where(mass > 0, saliency / mass.clamp_min(1e-12), uniform)
+        if self.attention == "mean":
+            return (saliency / channels).softmax(dim=1)
+        return (saliency / self._temperature(saliency)).softmax(dim=1)
+
+    def _temperature(self, saliency: Tensor) -> Tensor | float:
+        if self.temperature != "std":
+            return self.temperature
+        deviation = saliency.std(dim=1, correction=0, keepdim=True)  # (B, 1)
+        # A flat map has no deviation but rounding: a floor relative to R keeps it uniform, and the
+        # map unchanged when all features are scaled. Real maps lie far above it (0.2 R and more).
+        floor = 1e-4 * saliency.abs().mean(dim=1, keepdim=True)
+        return torch.maximum(deviation, floor).clamp_min(1e-12)
+
+
+def pool_cells(features: Tensor, attention: Tensor, pool: Pool = "sum") -> Tensor:
+    """Weigh feature cells by attention and pool them: Eq. 3 and the GAP of Fig. 1.
+
+        v_c = sum_ij f_c(i, j) a(i, j)
+
+    Args:
+        features: (B, C, H, W).
+        attention: (B, H, W), each map sums to 1.
+        pool: "mean" divides by H*W besides, as printed: the weights already sum to 1, so that
+        shrinks
+            embeddings 128 times.
+
+    Returns:
+        Frame embeddings, (B, C) float32.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        cells = features.float().flatten(2)  # (B, C, H*W)
+        pooled = torch.bmm(cells, attention.float().flatten(1).unsqueeze(2)).squeeze(2)  # (B, C)
+        return pooled / cells.shape[2] if pool == "mean" else pooled
+
+
+def pool_frames(frames: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Temporal average pooling (TAP) over the frames that exist.
+
+    Args:
+        frames: Frame embeddings, (B, T, D).
+        mask: (B, T) bool, True where a frame exists; all exist where None.
+
+    Returns:
+        Tracklet embeddings, (B, D).
+
+    Raises:
+        InvalidFramesError: The mask has another shape, or a tracklet has no frame.
+    """
+    if mask is None:
+        return frames.mean(dim=1)
+    if mask.shape != frames.shape[:2]:
+        raise InvalidFramesError(
+            f"expected a mask {tuple(frames.shape[:2])}, got {tuple(mask.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not mask.any(dim=1).all():
+        raise InvalidFramesError("expected at least one frame in each tracklet, got one with none")
+    weight = mask.to(frames.dtype).unsqueeze(2)  # (B, T, 1)
+    # where, not a product: a padded frame may hold NaN, and NaN * 0 is NaN.
+    kept = torch.where(mask.unsqueeze(2), frames, torch.zeros_like(frames))
+    return kept.sum(dim=1) / weight.sum(dim=1)
+
+
+class TrackletNet(nn.Module):
+    """Frames of tracklets in, one embedding each out.
+
+    Frames are treated independently until the last step, so frames of many tracklets may share a
+    batch
+    and an embedding does not depend on what it shared the batch with.
+
+    Args:
+        config: Which reading of the paper to follow.
+    """
+
+    def __init__(self, config: NetworkConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or NetworkConfig()
+        self.dim = EMBEDDING_DIM
+        self.backbone = build_backbone()
+        self.attention = SpatialAttention(self.config.temperature, self.config.attention)
+
+    def embed_frames(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed single frames, whichever tracklets they belong to.
+
+        Args:
+            frames: (N, 3, height, width), RGB, normalised by `model.frames`.
+
+        Returns:
+            Frame embeddings (N, D) float32 and attention (N, H, W) float32.
+        """
+        features = self.backbone(frames)  # (N, 2048, height/16, width/16)
+        attention = self.attention(features)  # (N, H, W)
+        return pool_cells(features, attention, self.config.pool), attention
+
+    @overload
+    def forward(self, clips: Tensor, mask: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, clips: Tensor, mask: Tensor | None = None, *, return_attention: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self, clips: Tensor, mask: Tensor | None = None, *, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed tracklets.
+
+        Args:
+            clips: (B, T, 3, height, width), RGB, normalised by `model.frames`.
+            mask: (B, T) bool, True where a frame exists; all exist where None. What stands in the
+            others
+                changes nothing (in training, batch statistics see them: there, repeat frames
+                instead).
+            return_attention: Also return where each frame looked.
+
+        Returns:
+            Tracklet embeddings (B, D) float32; with ``return_attention`` also attention maps
+            (B, T, H, W) float32.
+
+        Raises:
+            InvalidFramesError: ``clips`` or ``mask`` has another shape, or a tracklet has no frame.
+        """
+        if clips.ndim != 5 or clips.shape[2] != 3 or clips.shape[1] == 0:
+            raise InvalidFramesError(
+                f"expected clips (B, T >= 1, 3, height, width), got shape {tuple(clips.shape)}"
+            )
+        frames, attention = self.embed_frames(clips.flatten(0, 1))  # (B*T, D), (B*T, H, W)
+        per_tracklet = clips.shape[:2]
+        embeddings = pool_frames(frames.view(*per_tracklet, -1), mask)  # (B, D)
+        if return_attention:
+            return embeddings, attention.view(*per_tracklet, *attention.shape[1:])  # (B, T, H, W)
+        return embeddings

@@ -1,0 +1,1 @@
+"""HTTP and the commands: the only package that imports the other two."""

@@ -1,0 +1,240 @@
+"""The command `passerby`."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from index.gallery import GalleryError, GroupBy
+from model import cli as model_commands
+from model.errors import ModelError
+from service.client import Client, ClientError, read_local
+from service.demo import run_demo
+from service.enrolment import Outcome, Task, enrol_all, plan_folder
+from service.errors import ServiceError
+from service.logs import configure_logging
+from service.picture import draw_answer
+from service.server import run
+from service.settings import InvalidSettingsError, Settings
+
+app = typer.Typer(
+    name="passerby",
+    help="Find a person again: enrol tracklets, then ask who one shows.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for _command in model_commands.app.registered_commands:
+    app.registered_commands.append(_command)
+_console = Console(stderr=True)
+_out = Console()
+
+Server = Annotated[str, typer.Option(help="Address of the service.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="File with the key, where the service asks for one.")
+]
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def serve(context: typer.Context) -> None:
+    """Run the service; --help lists its flags, each also a PASSERBY_ variable."""
+    settings = Settings.load(context.args)
+    configure_logging(settings.log_format)
+    run(settings)
+
+
+@app.command()
+def enroll(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder identity/camera/frames or identity/camera/tracklet/frames; or, with "
+            "--identity or --camera, one tracklet: a folder of frames, a zip or a video."
+        ),
+    ],
+    server: Server = DEFAULT_SERVER,
+    identity: Annotated[str | None, typer.Option(help="Who the one tracklet shows.")] = None,
+    camera: Annotated[
+        list[str] | None,
+        typer.Option(help="Camera of the one tracklet; in a folder, enrol only these cameras."),
+    ] = None,
+    tracklet_id: Annotated[str | None, typer.Option(help="Id of the one tracklet.")] = None,
+    single: Annotated[
+        bool, typer.Option("--single", help="PATH is one tracklet of nobody in particular.")
+    ] = False,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Uploads at a time.")] = 4,
+    key_file: KeyFile = None,
+) -> None:
+    """Enrol tracklets; what is already there is skipped."""
+    one = single or identity is not None or tracklet_id is not None or not path.is_dir()
+    if one:
+        given = {"identity": identity, "tracklet_id": tracklet_id, "camera": _only(camera)}
+        tasks = [Task(path, {name: value for name, value in given.items() if value is not None})]
+    else:
+        tasks = plan_folder(path, frozenset(camera) if camera else None)
+    with Client(server, _read_key(key_file)) as client:
+        outcomes, interrupted = _enrol_with_progress(client, tasks, concurrency)
+    _report(outcomes, len(tasks))
+    if interrupted:
+        raise typer.Exit(130)
+    if any(outcome.state == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _only(cameras: list[str] | None) -> str | None:
+    if cameras is None or len(cameras) == 0:
+        return None
+    if len(cameras) > 1:
+        raise typer.BadParameter(f"expected one camera for one tracklet, got {len(cameras)}")
+    return cameras[0]
+
+
+def _enrol_with_progress(
+    client: Client, tasks: list[Task], concurrency: int
+) -> tuple[list[Outcome], bool]:
+    """Enrol; the first Ctrl-C lets finish what is under way, the second one ends the process."""
+    interrupted = False
+
+    def stop(_: int, __: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, before)
+        _console.print("stopping after the uploads that are under way; Ctrl-C again to leave them")
+
+    before = signal.signal(signal.SIGINT, stop)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    outcomes = []
+    try:
+        with Progress(*columns, console=_console) as progress:
+            bar = progress.add_task("enrolling", total=len(tasks))
+            for outcome in enrol_all(
+                client, tasks, concurrency=concurrency, stop=lambda: interrupted
+            ):
+                outcomes.append(outcome)
+                progress.advance(bar)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return outcomes, interrupted
+
+
+def _report(outcomes: list[Outcome], planned: int) -> None:
+    counts = {
+        state: sum(outcome.state == state for outcome in outcomes)
+        for state in ("enrolled", "skipped", "failed")
+    }
+    left = planned - len(outcomes)
+    line = ", ".join(f"{count} {state}" for state, count in counts.items())
+    _console.print(line + (f", {left} not begun" if left else ""))
+    for outcome in sorted(outcomes, key=lambda one: one.task.name):
+        if outcome.state == "failed":
+            _console.print(f"[red]failed[/] {outcome.task.name}: {outcome.reason}", soft_wrap=True)
+
+
+@app.command()
+def query(
+    path: Annotated[
+        Path, typer.Argument(help="One tracklet: a folder of frames, an image, a zip or a video.")
+    ],
+    server: Server = DEFAULT_SERVER,
+    top_k: Annotated[int, typer.Option(min=1, max=500, help="Matches at most.")] = 10,
+    group_by: Annotated[GroupBy, typer.Option(help="Rank identities or tracklets.")] = "identity",
+    camera: Annotated[list[str] | None, typer.Option(help="Only these cameras.")] = None,
+    exclude_camera: Annotated[list[str] | None, typer.Option(help="Not these cameras.")] = None,
+    max_distance: Annotated[float | None, typer.Option(help="Leave out what is farther.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Ask for attention maps.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the answer to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as it came.")] = False,
+    key_file: KeyFile = None,
+) -> None:
+    """Ask who a tracklet shows."""
+    asked: dict[str, Any] = {"top_k": top_k, "group_by": group_by}
+    asked |= {"camera": camera or [], "exclude_camera": exclude_camera or []}
+    if max_distance is not None:
+        asked["max_distance"] = max_distance
+    if explain:
+        asked["explain"] = "true"
+    local = read_local(path)
+    with Client(server, _read_key(key_file)) as client:
+        answer = client.query(local, asked)
+        if picture is not None:
+            strips = [client.strip(one["tracklet"]["tracklet_id"]) for one in answer["matches"]]
+            draw_answer(local, path.resolve().name, answer, strips, picture)
+    if as_json:
+        sys.stdout.write(json.dumps(answer) + "\n")
+    else:
+        _print_answer(answer)
+    if picture is not None:
+        _console.print(f"picture: {picture}")
+
+
+def _print_answer(answer: dict[str, Any]) -> None:
+    table = Table()
+    for column in ("rank", "identity", "distance", "camera", "tracklet"):
+        table.add_column(column, justify="right" if column in ("rank", "distance") else "left")
+    for match in answer["matches"]:
+        record = match["tracklet"]
+        table.add_row(
+            str(match["rank"]),
+            match["identity"] or "unnamed",
+            f"{match['distance']:.3f}",
+            record["camera"] or "",
+            record["tracklet_id"],
+        )
+    _out.print(table)
+    if answer["decision"] is not None:
+        _out.print(f"decision: {answer['decision']} (threshold {answer['threshold']})")
+    used, received = answer["frames"]["used"], answer["frames"]["received"]
+    total = answer["timing_ms"]["total"]
+    _out.print(
+        f"{used} of {received} frames, {answer['searched']} tracklets searched, {total:.0f} ms"
+    )
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for tracklets and picture.")] = Path("demo"),
+    identities: Annotated[int, typer.Option(min=2, max=400, help="How many people.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
+) -> None:
+    """Draw people, enrol them from one camera, find them again in another."""
+    run_demo(output, identities, seed, _out)
+
+
+def _read_key(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ClientError(f"could not read the key file {path}: {error.strerror}") from error
+
+
+def main() -> None:
+    """Run the command; an expected error is one line and status 1."""
+    try:
+        app()
+    except (ClientError, ServiceError, ModelError, GalleryError, InvalidSettingsError) as error:
+        _console.print(f"[red]passerby:[/] {error}", soft_wrap=True, highlight=False)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""A multipart body, read as it arrives and held once, under limits."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from service.errors import (
+    InvalidRequestError,
+    PayloadTooLargeError,
+    TooManyFramesError,
+    UnsupportedMediaError,
+    ValidationError,
+)
+from service.settings import LimitSettings
+
+FILE_FIELDS = ("frames", "archive", "video")
+# A client that is refused in mid-upload sees the answer only once we have taken what it still
+# sends.
+DRAIN_S = 5.0
+_FIELD_BYTES_SPARE = 1024  # form fields but metadata are short
+
+
+@dataclass(slots=True)
+class Form:
+    """What a multipart body held.
+
+    Args:
+        fields: Text fields by name.
+        files: Content of the file fields by name, in the order they came.
+    """
+
+    fields: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[bytes]] = field(default_factory=dict)
+
+
+async def read_form(request: Request, limits: LimitSettings) -> Form:
+    """Read a multipart request.
+
+    Args:
+        request: With an unread body.
+        limits: What it may hold.
+
+    Raises:
+        UnsupportedMediaError: The body is not multipart/form-data.
+        InvalidRequestError: The body is broken, or ends early.
+        PayloadTooLargeError: A file or the request is over its limit.
+        TooManyFramesError: There are more frames than the limit.
+        ValidationError: A field is repeated, or is not text.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise UnsupportedMediaError(
+            "expected a body of type multipart/form-data with a boundary, got "
+            f"{request.headers.get('content-type', 'none')!r}"
+        )
+    stream = request.stream()
+    try:
+        _check_announced(request, limits)
+        reader = _FormReader(options[b"boundary"], limits)
+        async for chunk in stream:
+            reader.write(chunk)
+        return reader.finish()
+    except FormParserError as error:
+        await _drain(stream, limits)
+        raise InvalidRequestError(
+            "expected a well-formed multipart body, got one that is broken or ends early"
+        ) from error
+    except (PayloadTooLargeError, TooManyFramesError, ValidationError, InvalidRequestError):
+        await _drain(stream, limits)
+        raise
+
+
+def _check_announced(request: Request, limits: LimitSettings) -> None:
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limits.request_bytes:
+        raise PayloadTooLargeError(
+            f"expected a request of at most {limits.request_bytes} bytes, got {announced}"
+        )
+
+
+async def _drain(stream: AsyncIterator[bytes], limits: LimitSettings) -> None:
+    """Take what a refused client still sends, for a while, and forget it."""
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            async for chunk in stream:
+                taken += len(chunk)
+                if taken > limits.request_bytes:
+                    return
+
+
+class _FormReader:
+    """Collects the parts that python-multipart announces, refusing early what is over a limit."""
+
+    def __init__(self, boundary: bytes, limits: LimitSettings) -> None:
+        self._limits = limits
+        self._form = Form()
+        self._received = 0
+        self._finished = False
+        self._header_name = b""
+        self._header_value = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._name = ""
+        self._part = bytearray()
+        self._is_file = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin_part,
+                "on_header_field": self._add_header_name,
+                "on_header_value": self._add_header_value,
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._begin_content,
+                "on_part_data": self._add_content,
+                "on_part_end": self._end_part,
+                "on_end": self._end,
+            },
+        )
+
+    def write(self, chunk: bytes) -> None:
+        self._received += len(chunk)
+        if self._received > self._limits.request_bytes:
+            raise PayloadTooLargeError(
+                f"expected a request of at most {self._limits.request_bytes} bytes, got more"
+            )
+        self._parser.write(chunk)
+
+    def finish(self) -> Form:
+        self._parser.finalize()
+        if not self._finished:
+            raise InvalidRequestError(
+                "expected a closing multipart boundary, got the end of the body"
+            )
+        return self._form
+
+    def _begin_part(self) -> None:
+        self._headers = {}
+        self._part = bytearray()
+
+    def _add_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _add_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _end_header(self) -> None:
+        self._headers[self._header_name.lower()] = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _begin_content(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        name = options.get(b"name")
+        if name is None:
+            raise InvalidRequestError("expected a name for each part of the form, got one without")
+        self._name = name.decode("utf-8", "replace")
+        # Not by the file name: a client library may leave it out, and what it says is not to be
+        # trusted.
+        self._is_file = self._name in FILE_FIELDS
+        if not self._is_file and b"filename" in options:
+            raise ValidationError(
+                f"expected files in the fields {', '.join(FILE_FIELDS)}, got one in {self._name!r}",
+                f"/{self._name}",
+            )
+        files = self._form.files.get("frames", ())
+        if self._name == "frames" and len(files) >= self._limits.frames:
+            raise TooManyFramesError(f"expected at most {self._limits.frames} frames, got more")
+
+    def _add_content(self, data: bytes, start: int, end: int) -> None:
+        limit = self._limits.file_bytes
+        if not self._is_file:
+            limit = self._limits.metadata_bytes + _FIELD_BYTES_SPARE
+        if len(self._part) + end - start > limit:
+            raise PayloadTooLargeError(
+                f"expected at most {limit} bytes in the field {self._name!r}, got more"
+            )
+        self._part += memoryview(data)[start:end]
+
+    def _end_part(self) -> None:
+        if self._is_file:
+            self._form.files.setdefault(self._name, []).append(bytes(self._part))
+            self._part = bytearray()
+            return
+        if self._name in self._form.fields:
+            raise ValidationError(f"expected {self._name!r} once, got it again", f"/{self._name}")
+        try:
+            self._form.fields[self._name] = self._part.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValidationError(f"expected text in {self._name!r}", f"/{self._name}") from error
+
+    def _end(self) -> None:
+        self._finished = True

@@ -1,0 +1,94 @@
+"""Start and stop the service: its parts from the settings, the process around them."""
+
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from index.embedded import EmbeddedGallery
+from model.checkpoint import Checkpoint, load_checkpoint, untrained_checkpoint
+from model.embedder import Embedder
+from service.app import create_app
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+BUNDLED = Path(__file__).parent.parent / "weights" / "passerby.safetensors"
+
+
+def choose_checkpoint(weights: Path | None) -> Checkpoint:
+    """The checkpoint of the settings, else the bundled one, else untrained weights and a warning.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    if weights is not None:
+        return load_checkpoint(weights)
+    if BUNDLED.is_file():
+        return load_checkpoint(BUNDLED)
+    log.warning(
+        "no trained weights: PASSERBY_WEIGHTS names no checkpoint and none is bundled yet, so this "
+        "runs on untrained, seeded weights, which tell people apart by rough colours at best"
+    )
+    return untrained_checkpoint()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that ends with status 0 after a signal, and at once at the second one."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals without raising them again when everything is closed."""
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop gracefully; at the second signal without waiting for anybody."""
+        if self.should_exit:
+            self.force_exit = True
+        log.info("stopping", extra={"signal": signal.Signals(sig).name})
+        self.should_exit = True
+        del frame
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal.
+
+    Raises:
+        ModelError: The weights, the device or the precision cannot be had.
+        GalleryError: The data directory cannot be used.
+    """
+    embedder = Embedder(
+        choose_checkpoint(settings.weights), device=settings.device, precision=settings.precision
+    )
+    gallery = EmbeddedGallery(settings.data_dir, index=settings.index)
+    counts = gallery.counts()
+    log.info(
+        "starting",
+        extra={
+            "address": f"http://{settings.host}:{settings.port}",
+            "model": embedder.model,
+            "device": str(embedder.device),
+            "precision": embedder.precision,
+            "tracklets": counts.tracklets,
+            "identities": counts.identities,
+        },
+    )
+    config = uvicorn.Config(
+        create_app(embedder, gallery, settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
+    )
+    _Server(config).run()

@@ -1,0 +1,184 @@
+"""Every setting: an environment variable and a flag of `passerby serve`, typed and checked."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+
+PREFIX = "PASSERBY_"
+MIB = 1024 * 1024
+
+
+class InvalidSettingsError(Exception):
+    """Raised when a setting is unknown or has a value that is not allowed; the message names it."""
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BatchSettings(_Group):
+    """How the worker makes batches."""
+
+    max_frames: int = Field(64, ge=1, description="Frames in one batch at most.")
+    max_delay_ms: float = Field(
+        2.0, ge=0, le=1000, description="How long a batch waits for company, milliseconds."
+    )
+
+
+class QueueSettings(_Group):
+    """How much work may wait."""
+
+    max_tracklets: int = Field(
+        32, ge=1, description="Tracklets that may wait for the worker; one more gets 429."
+    )
+    deadline_s: float = Field(
+        60.0, gt=0, description="Seconds a tracklet may wait for its embedding; then it gets 504."
+    )
+
+
+class LimitSettings(_Group):
+    """What a client may send."""
+
+    frames: int = Field(512, ge=1, description="Frames of one tracklet.")
+    file_bytes: int = Field(16 * MIB, ge=1, description="Bytes of one file.")
+    request_bytes: int = Field(
+        64 * MIB, ge=1, description="Bytes of one request, and of a zip unpacked."
+    )
+    frame_pixels: int = Field(40_000_000, ge=1, description="Pixels of one frame.")
+    side_pixels: int = Field(8, ge=1, description="Shortest side of a frame, pixels, at least.")
+    metadata_bytes: int = Field(16 * 1024, ge=2, description="Bytes of a metadata object.")
+    uploads: int = Field(
+        32, ge=1, description="Uploads held in memory at a time; one more gets 429."
+    )
+
+
+class Settings(BaseSettings):
+    """All settings. Flags come before environment variables, those before the defaults."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(Path("data"), description="Where the gallery lives; made if missing.")
+    weights: Path | None = Field(
+        None, description="Checkpoint to serve; untrained seeded weights where none is given."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Of the network; auto takes bf16 where the hardware multiplies it."
+    )
+    frames_per_tracklet: int = Field(15, ge=1, description="Frames that make an embedding.")
+    sampling: Literal["even", "all"] = Field("even", description="How frames are chosen.")
+    index: str = Field("Flat", description="FAISS factory string of the search index.")
+    batch: BatchSettings = BatchSettings()
+    queue: QueueSettings = QueueSettings()
+    limits: LimitSettings = LimitSettings()
+    threshold: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Distance up to which a query is a match."
+    )
+    thumbnails: bool = Field(True, description="Keep a small film strip of each tracklet.")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Keys that open the service, separated by commas; open to all where none."
+    )
+    log_format: Literal["json", "text"] = Field("text", description="How log lines are written.")
+    shutdown_grace_s: float = Field(
+        30.0, ge=0, description="Seconds that running requests get to finish at SIGTERM."
+    )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(key for key in value.replace(",", " ").split() if key)
+        return value
+
+    @classmethod
+    def load(cls, flags: Sequence[str] = (), program: str = "passerby serve") -> Self:
+        """Read flags and environment.
+
+        Args:
+            flags: Command line arguments, like ``["--port", "8001"]``.
+            program: What usage messages call the command.
+
+        Raises:
+            InvalidSettingsError: A ``PASSERBY_`` variable is unknown, or a value is not allowed.
+            SystemExit: A flag is unknown, or help was asked for; argparse has answered.
+        """
+        check_names(os.environ)
+        secrets: dict[str, Any] = _read_secret_files(os.environ)
+        try:
+            # An empty list, not None: no flags must not mean "read sys.argv".
+            return cls(_cli_parse_args=list(flags), _cli_prog_name=program, **secrets)
+        except ValidationError as error:
+            raise InvalidSettingsError(_describe(error)) from error
+        except SettingsError as error:
+            raise InvalidSettingsError(str(error)) from error
+
+
+SECRETS = ("api_keys",)
+
+
+def known_names() -> set[str]:
+    """The names of all environment variables that mean something."""
+    names = set()
+    for name, field in Settings.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, _Group):
+            names |= {f"{name}__{child}" for child in group.model_fields}
+        else:
+            names.add(name)
+    names |= {f"{secret}_file" for secret in SECRETS}
+    return {PREFIX + name.upper() for name in names}
+
+
+def check_names(environment: os._Environ[str] | dict[str, str]) -> None:
+    """Refuse a ``PASSERBY_`` variable that nobody reads: a typo must not pass for a setting.
+
+    Raises:
+        InvalidSettingsError: There is one; the message lists what exists.
+    """
+    known = known_names()
+    unknown = sorted(
+        n for n in environment if n.upper().startswith(PREFIX) and n.upper() not in known
+    )
+    if unknown:
+        raise InvalidSettingsError(
+            f"unknown setting {', '.join(unknown)}; expected one of {', '.join(sorted(known))}"
+        )
+
+
+def _read_secret_files(environment: os._Environ[str] | dict[str, str]) -> dict[str, str]:
+    values = {}
+    for secret in SECRETS:
+        name = f"{PREFIX}{secret.upper()}"
+        path = environment.get(f"{name}_FILE")
+        if path is None:
+            continue
+        if name in environment:
+            raise InvalidSettingsError(f"expected {name} or {name}_FILE, got both")
+        try:
+            values[secret] = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidSettingsError(f"{name}_FILE: could not read the file it names") from error
+    return values
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_input=False, include_url=False):
+        name = PREFIX + "__".join(str(part) for part in problem["loc"]).upper()
+        lines.append(f"{name}: {problem['msg']}")
+    return "; ".join(lines)

@@ -1,0 +1,233 @@
+"""The embedding worker: one thread that embeds what many requests ask for, a batch at a time."""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from model.embedder import TrackletEmbedding
+from model.frames import Clip, Preprocessing
+from service.errors import DeadlineExceededError, OverloadedError, WorkerUnavailableError
+
+log = logging.getLogger(__name__)
+
+
+class Embedder(Protocol):
+    """What the service needs of an embedder, like `model.embedder.Embedder`; one thread uses it."""
+
+    @property
+    def model(self) -> str:
+        """Fingerprint of the checkpoint."""
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What its frames must go through."""
+
+    def describe(self) -> dict[str, Any]:
+        """The model as a JSON object."""
+
+    def warm_up(self) -> None:
+        """Do once what would make the first request slow."""
+
+    def embed(
+        self, clips: Sequence[Clip], *, with_attention: bool = False
+    ) -> list[TrackletEmbedding]:
+        """Embed clips of (T, height, width, 3) uint8, one result each, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A finished tracklet.
+
+    Args:
+        result: What the network made of it.
+        queue_s: Seconds it waited.
+        embed_s: Seconds its batch took.
+    """
+
+    result: TrackletEmbedding
+    queue_s: float
+    embed_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    clip: Clip
+    with_attention: bool
+    deadline: float
+    submitted: float
+    future: "Future[Embedded]" = field(default_factory=Future)
+
+
+class EmbeddingWorker:
+    """Batches clips by their frames and embeds them in a thread of its own.
+
+    Args:
+        embedder: Used by the worker's thread alone.
+        max_frames: Frames in a batch; a longer tracklet goes alone.
+        max_delay_s: How long a batch that is not full waits for company.
+        max_tracklets: How many may wait; one more is refused.
+    """
+
+    def __init__(
+        self, embedder: Embedder, *, max_frames: int, max_delay_s: float, max_tracklets: int
+    ) -> None:
+        self._embedder = embedder
+        self._max_frames = max_frames
+        self._max_delay_s = max_delay_s
+        self._max_tracklets = max_tracklets
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._warm = False
+        self._seconds_per_tracklet = 1.0
+        self._thread = threading.Thread(target=self._run, name="embedding-worker", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it warms the embedder up first."""
+        self._thread.start()
+
+    def check(self) -> None:
+        """Return when the worker is warm and running.
+
+        Raises:
+            WorkerUnavailableError: It is not; the message says why.
+        """
+        if not self._thread.is_alive():
+            raise WorkerUnavailableError("the embedding worker is not running")
+        if not self._warm:
+            raise WorkerUnavailableError("the embedding worker is warming up")
+
+    def refuse_when_full(self) -> None:
+        """Return while there is room in the queue.
+
+        Raises:
+            OverloadedError: The queue is full.
+            WorkerUnavailableError: Nobody works at the queue.
+        """
+        if self._closing or not self._thread.is_alive():
+            raise WorkerUnavailableError("the embedding worker is not running")
+        waiting = len(self._jobs)
+        if waiting >= self._max_tracklets:
+            wait_s = math.ceil(waiting * self._seconds_per_tracklet)
+            raise OverloadedError(
+                f"expected fewer than {self._max_tracklets} tracklets waiting, got {waiting}",
+                retry_after_s=min(max(wait_s, 1), 60),
+            )
+
+    def submit(
+        self, clip: Clip, *, deadline_s: float, with_attention: bool = False
+    ) -> "Future[Embedded]":
+        """Queue a clip.
+
+        Args:
+            clip: (T, height, width, 3) uint8.
+            deadline_s: Seconds from now after which nobody wants it any more.
+            with_attention: Also return attention maps.
+
+        Returns:
+            Its result; cancelling it before its batch starts takes it out of the queue.
+
+        Raises:
+            OverloadedError: The queue is full.
+            WorkerUnavailableError: Nobody works at the queue.
+        """
+        with self._changed:
+            self.refuse_when_full()
+            now = time.monotonic()
+            job = _Job(clip, with_attention, now + deadline_s, now)
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Finish what is queued, then stop. What is left after ``timeout_s`` fails."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        self._fail_waiting()
+
+    def _run(self) -> None:
+        try:
+            self._embedder.warm_up()
+            self._warm = True
+            while batch := self._next_batch():
+                self._embed(batch)
+        except BaseException:
+            log.exception("the embedding worker has died")
+            raise
+        finally:
+            self._warm = False
+            self._fail_waiting()
+
+    def _next_batch(self) -> list[_Job]:
+        """Wait for work; an empty batch means that the worker is to stop."""
+        batch: list[_Job] = []
+        frames = 0
+        full_at = math.inf
+        with self._changed:
+            while True:
+                while self._jobs and (
+                    not batch or frames + len(self._jobs[0].clip) <= self._max_frames
+                ):
+                    job = self._jobs.popleft()
+                    if self._is_wanted(job):
+                        batch.append(job)
+                        frames += len(job.clip)
+                        full_at = min(full_at, time.monotonic() + self._max_delay_s)
+                wait_s = full_at - time.monotonic()
+                if batch and (self._jobs or self._closing or wait_s <= 0):
+                    return batch
+                if self._closing:
+                    return []
+                self._changed.wait(wait_s if batch else None)
+
+    def _is_wanted(self, job: _Job) -> bool:
+        if not job.future.set_running_or_notify_cancel():
+            return False
+        if job.deadline < time.monotonic():
+            job.future.set_exception(
+                DeadlineExceededError("the queue was longer than the deadline")
+            )
+            return False
+        return True
+
+    def _embed(self, batch: list[_Job]) -> None:
+        started = time.monotonic()
+        try:
+            results = self._embedder.embed(
+                [job.clip for job in batch],
+                with_attention=any(job.with_attention for job in batch),
+            )
+        except Exception as error:
+            if len(batch) > 1:  # one bad tracklet must not take the others with it
+                for job in batch:
+                    self._embed([job])
+                return
+            log.exception("a tracklet could not be embedded")
+            failure = WorkerUnavailableError("the tracklet could not be embedded; the log says why")
+            failure.__cause__ = error
+            batch[0].future.set_exception(failure)
+            return
+        seconds = time.monotonic() - started
+        self._seconds_per_tracklet += 0.2 * (seconds / len(batch) - self._seconds_per_tracklet)
+        for job, result in zip(batch, results, strict=True):
+            job.future.set_result(Embedded(result, started - job.submitted, seconds))
+
+    def _fail_waiting(self) -> None:
+        with self._changed:
+            jobs, self._jobs = list(self._jobs), deque()
+        for job in jobs:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(WorkerUnavailableError("the embedding worker has stopped"))

@@ -1,0 +1,48 @@
+"""What the tests of galleries share: makers of enrolments and a gallery in a temporary directory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from index.embedded import EmbeddedGallery
+from index.gallery import Enrolment, TrackletRecord
+
+Enrol = Callable[..., Enrolment]
+
+
+def make_enrolment(
+    tracklet_id: str, vector: Sequence[float], *, strip: bytes | None = None, **fields: Any
+) -> Enrolment:
+    """An enrolment with what a test does not care for filled in."""
+    known: dict[str, Any] = {
+        "frames_received": 40,
+        "frames_used": 15,
+        "model": "trsa-test",
+        "created_at": datetime(2026, 11, 22, 12, 0, 0, 123456, tzinfo=UTC),
+        "content": "0" * 64,
+    }
+    record = TrackletRecord(tracklet_id=tracklet_id, **(known | fields))
+    return Enrolment(record, np.array(vector, dtype=np.float32), strip)
+
+
+@pytest.fixture
+def enrol() -> Enrol:
+    """The maker of enrolments."""
+    return make_enrolment
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Where the gallery of a test is."""
+    return tmp_path / "gallery"
+
+
+@pytest.fixture
+def gallery(directory: Path) -> Iterator[EmbeddedGallery]:
+    """An empty gallery with the default index."""
+    with EmbeddedGallery(directory) as opened:
+        yield opened

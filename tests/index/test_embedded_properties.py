@@ -1,0 +1,294 @@
+"""The embedded gallery against plain Python: every answer, over random galleries and operations."""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from index.embedded import EmbeddedGallery
+from index.gallery import (
+    Counts,
+    DuplicateTrackletError,
+    Enrolment,
+    Filters,
+    GroupBy,
+    NotFoundError,
+    SearchResult,
+    TrackletRecord,
+)
+
+# Thousands of galleries: each on a memory disk, where waiting for the disk takes no time.
+MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
+START = datetime(2026, 1, 1, tzinfo=UTC)
+DIMENSION = 3
+
+identities = st.sampled_from([None, "anna", "bert", "cleo", "dora"])
+cameras = st.sampled_from([None, "c1", "c2", "c3"])
+times = st.none() | st.integers(0, 5).map(lambda hours: START + timedelta(hours=hours))
+# Small whole numbers: ties and duplicates everywhere, and no rounding in either computation.
+vectors = st.lists(st.integers(-2, 2), min_size=DIMENSION, max_size=DIMENSION)
+tracklet_ids = st.integers(0, 40).map(lambda number: f"t{number}")
+filters = st.builds(
+    Filters,
+    identities=st.none() | st.frozensets(st.sampled_from(["anna", "bert", "nobody"])),
+    unnamed=st.sampled_from([False, False, False, True]),
+    cameras=st.none() | st.frozensets(st.sampled_from(["c1", "c2", "c9"])),
+    exclude_cameras=st.frozensets(st.sampled_from(["c2", "c3", "c9"])),
+    since=times,
+    until=times,
+    exclude_tracklets=st.frozensets(tracklet_ids, max_size=4),
+)
+group_bys: st.SearchStrategy[GroupBy] = st.sampled_from(["identity", "tracklet"])
+records = st.builds(
+    TrackletRecord,
+    tracklet_id=tracklet_ids,
+    identity=identities,
+    camera=cameras,
+    start_time=times,
+    end_time=times,
+    metadata=st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=3), max_size=2),
+    frames_received=st.just(40),
+    frames_used=st.just(15),
+    model=st.just("trsa-test"),
+    created_at=st.just(START),
+    content=st.just("0" * 64),
+)
+enrolments = st.builds(
+    Enrolment, records, vectors.map(lambda vector: np.array(vector, dtype=np.float32))
+)
+searches = st.fixed_dictionaries(
+    {
+        "query": vectors,
+        "top_k": st.integers(1, 45),
+        "group_by": group_bys,
+        "filters": st.just(Filters()) | filters,
+        "max_distance": st.none() | st.floats(0, 6),
+    }
+)
+
+
+def passes(record: TrackletRecord, filters: Filters) -> bool:
+    start = record.start_time
+    return (
+        (filters.identities is None or record.identity in filters.identities)
+        and not (filters.unnamed and record.identity is not None)
+        and (filters.cameras is None or record.camera in filters.cameras)
+        and record.camera not in filters.exclude_cameras
+        and (filters.since is None or (start is not None and start >= filters.since))
+        and (filters.until is None or (start is not None and start <= filters.until))
+        and record.tracklet_id not in filters.exclude_tracklets
+    )
+
+
+def slow_search(
+    held: Mapping[str, Enrolment],
+    query: Sequence[int],
+    top_k: int,
+    group_by: GroupBy,
+    filters: Filters,
+    max_distance: float | None,
+) -> tuple[list[tuple[str, float]], int, float | None]:
+    """What an answer should hold: (id, distance) by rank, searched, nearest."""
+    seen = [each for each in held.values() if passes(each.record, filters)]
+    ranked = sorted(
+        (float(np.float32(math.dist(query, each.embedding.tolist()))), each.record.tracklet_id)
+        for each in seen
+    )
+    matches: list[tuple[str, float]] = []
+    groups: set[str | None] = set()
+    for distance, tracklet_id in ranked:
+        identity = held[tracklet_id].record.identity if group_by == "identity" else None
+        if identity is None or identity not in groups:
+            groups.add(identity)
+            matches.append((tracklet_id, distance))
+    near = [match for match in matches[:top_k] if max_distance is None or match[1] <= max_distance]
+    return near, len(seen), ranked[0][0] if ranked else None
+
+
+def fast_search(gallery: EmbeddedGallery, query: Sequence[int], **how: Any) -> SearchResult:
+    return gallery.search(np.array(query, dtype=np.float32), model="trsa-test", **how)
+
+
+def assert_same_answer(
+    gallery: EmbeddedGallery, held: Mapping[str, Enrolment], search: dict[str, Any]
+) -> None:
+    result = fast_search(gallery, **search)
+    found = [(match.record.tracklet_id, match.distance) for match in result.matches]
+    assert (found, result.searched, result.nearest) == slow_search(held, **search)
+    assert all(match.record == held[match.record.tracklet_id].record for match in result.matches)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    added=st.lists(enrolments, max_size=40, unique_by=lambda each: each.record.tracklet_id),
+    asked=st.lists(searches, min_size=1, max_size=4),
+)
+def test_search_equals_the_slow_search(added: list[Enrolment], asked: list[dict[str, Any]]) -> None:
+    with (
+        tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory,
+        EmbeddedGallery(Path(directory)) as gallery,
+    ):
+        gallery.add(added)
+
+        held = {each.record.tracklet_id: each for each in added}
+        for search in asked:
+            assert_same_answer(gallery, held, search)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(300, 1500),
+    groups=st.integers(1, 400),
+    asked=st.lists(searches, min_size=1, max_size=4),
+)
+def test_large_random_galleries_equal_the_slow_search(
+    seed: int, rows: int, groups: int, asked: list[dict[str, Any]]
+) -> None:
+    """More rows than the first round of candidates, and most of them tied."""
+    rng = np.random.default_rng(seed)
+    added = [
+        Enrolment(
+            TrackletRecord(
+                tracklet_id=f"t{rng.integers(10**9)}-{row}",
+                identity=f"p{int(groups * rng.random() ** 4)}" if rng.random() < 0.9 else None,
+                camera=f"c{rng.integers(4)}",
+                start_time=START + timedelta(hours=int(rng.integers(6))),
+                frames_received=1,
+                frames_used=1,
+                model="trsa-test",
+                created_at=START,
+                content="0",
+            ),
+            rng.integers(-2, 3, DIMENSION).astype(np.float32),
+        )
+        for row in range(rows)
+    ]
+    with (
+        tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory,
+        EmbeddedGallery(Path(directory)) as gallery,
+    ):
+        gallery.add(added)
+
+        held = {each.record.tracklet_id: each for each in added}
+        for search in asked:
+            assert_same_answer(gallery, held, search)
+
+
+class GalleryMachine(RuleBasedStateMachine):
+    """Does the same to a gallery and to a dict, and compares."""
+
+    factory = "Flat"
+
+    @initialize()
+    def open(self) -> None:
+        self.directory = tempfile.TemporaryDirectory(dir=MEMORY_DISK)
+        self.gallery = EmbeddedGallery(Path(self.directory.name), index=self.factory)
+        self.held: dict[str, Enrolment] = {}
+
+    def teardown(self) -> None:
+        self.gallery.close()
+        self.directory.cleanup()
+
+    @rule(added=st.lists(enrolments, max_size=12))
+    def add(self, added: list[Enrolment]) -> None:
+        ids = [each.record.tracklet_id for each in added]
+        if len(set(ids)) < len(ids) or self.held.keys() & set(ids):
+            with pytest.raises(DuplicateTrackletError):
+                self.gallery.add(added)
+            return
+        self.gallery.add(added)
+        self.held |= {each.record.tracklet_id: each for each in added}
+
+    @rule(tracklet_id=tracklet_ids)
+    def remove(self, tracklet_id: str) -> None:
+        if tracklet_id not in self.held:
+            with pytest.raises(NotFoundError):
+                self.gallery.remove(tracklet_id)
+            return
+        assert self.gallery.remove(tracklet_id) == self.held.pop(tracklet_id).record
+
+    @precondition(lambda self: len(self.held) > 3)
+    @rule()
+    def remove_most(self) -> None:
+        for tracklet_id in sorted(self.held)[1:]:
+            self.remove(tracklet_id)
+
+    @rule(
+        tracklet_id=tracklet_ids,
+        changes=st.fixed_dictionaries(
+            {}, optional={"identity": identities, "camera": cameras, "start_time": times}
+        ),
+    )
+    def update(self, tracklet_id: str, changes: dict[str, Any]) -> None:
+        with suppress(NotFoundError):
+            returned = self.gallery.update(tracklet_id, changes)
+            before = self.held[tracklet_id]
+            self.held[tracklet_id] = replace(before, record=replace(before.record, **changes))
+            assert returned == self.held[tracklet_id].record
+            return
+        assert tracklet_id not in self.held
+
+    @rule()
+    def reopen(self) -> None:
+        self.gallery.close()
+        self.gallery = EmbeddedGallery(Path(self.directory.name), index=self.factory)
+
+    @rule()
+    def compact(self) -> None:
+        if self.gallery._derived is not None:
+            with self.gallery._changing_memory():
+                self.gallery._derived.compact()
+
+    @rule(search=searches)
+    def search(self, search: dict[str, Any]) -> None:
+        assert_same_answer(self.gallery, self.held, search)
+
+    @rule(filters=filters, limit=st.integers(1, 7))
+    def list(self, filters: Filters, limit: int) -> None:
+        page = self.gallery.list(filters, limit=limit)
+        found = [*page.records]
+        while page.next_cursor:
+            assert len(page.records) == limit
+            page = self.gallery.list(filters, limit=limit, cursor=page.next_cursor)
+            found += page.records
+        assert found == [each.record for each in self.held.values() if passes(each.record, filters)]
+
+    @invariant()
+    def counts_and_content(self) -> None:
+        known = {each.record.identity for each in self.held.values()} - {None}
+        assert self.gallery.counts() == Counts(len(self.held), len(known))
+        assert self.gallery.model == ("trsa-test" if self.held else None)
+        for tracklet_id, each in self.held.items():
+            assert self.gallery.get(tracklet_id) == each.record
+            assert self.gallery.embedding(tracklet_id).tolist() == each.embedding.tolist()
+
+
+# Fewer than 1000 rows: whatever the index, the answer is exact.
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF2,Flat", "SQ8"])
+def test_any_sequence_of_operations_equals_a_dict(factory: str) -> None:
+    class Machine(GalleryMachine):
+        pass
+
+    Machine.factory = factory
+    examples = 100 if factory == "Flat" else 25
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Machine, settings=settings(max_examples=examples, stateful_step_count=25, deadline=None)
+    )

@@ -1,0 +1,158 @@
+"""Ranking against a slow, obvious ranking; and decisions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from index.gallery import Embeddings
+from index.ranking import Rows, decide, rank, summation_error
+
+
+@dataclass
+class FakeSource:
+    """Measures everything in float32, with as much noise as the bound allows."""
+
+    query: Embeddings
+    vectors: Embeddings
+    group_of: Rows
+    noise: int = 0
+    exhaustive: bool = True
+    fetched: int = 0
+    rounds: list[int] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def error(self) -> float | None:
+        return summation_error(self.vectors.shape[1])
+
+    def nearest(self, count: int, without: Rows) -> tuple[Rows, NDArray[np.float32]]:
+        self.rounds.append(count)
+        assert self.error is not None
+        draw = np.random.default_rng(self.noise).uniform(-1, 1, len(self.vectors))
+        exact = ((self.vectors.astype(float) - self.query.astype(float)) ** 2).sum(axis=1)
+        squared = (exact * (1 + draw * self.error * 0.9)).astype(np.float32)
+        rows = np.flatnonzero(~np.isin(self.group_of, without))
+        rows = rows[np.argsort(squared[rows], kind="stable")][:count]
+        return rows, squared[rows]
+
+    def groups(self, rows: Rows) -> Rows:
+        return self.group_of[rows]
+
+    def fetch(self, rows: Rows) -> tuple[Sequence[str], Embeddings]:
+        self.fetched += len(rows)
+        return [tracklet_id(row) for row in rows.tolist()], self.vectors[rows]
+
+
+def tracklet_id(row: int) -> str:
+    """Ids whose order is not that of the rows."""
+    return f"t{row * 7919 % 100_003:06d}"
+
+
+def slow_rank(source: FakeSource, top_k: int) -> list[tuple[float, str]]:
+    best: dict[int, tuple[float, str]] = {}
+    for row, group in enumerate(source.group_of.tolist()):
+        squared = sum((float(a) - float(b)) ** 2 for a, b in zip(source.vectors[row], source.query))  # noqa: B905
+        key = (float(np.float32(squared**0.5)), tracklet_id(row))
+        best[group] = min(best.get(group, key), key)
+    return sorted(best.values())[:top_k]
+
+
+def ranked(source: FakeSource, top_k: int, first: int) -> list[tuple[float, str]]:
+    found = rank(source.query, source, top_k=top_k, first=first)
+    return [(each.distance, each.tracklet_id) for each in found]
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 120),
+    groups=st.integers(1, 30),
+    top_k=st.integers(1, 12),
+    first=st.integers(1, 20),
+    spread=st.sampled_from([1, 3, 50]),
+)
+def test_ranking_equals_the_slow_ranking_under_rounding_noise_and_ties(
+    seed: int, rows: int, groups: int, top_k: int, first: int, spread: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(0, spread + 1, (rows, 3)).astype(np.float32)
+    # Skewed: the first groups have most of the rows.
+    group_of = (groups * rng.random(rows) ** 3).astype(np.int64)
+    source = FakeSource(vectors[0] * 1.5, vectors, group_of, noise=seed)
+
+    assert ranked(source, top_k, first) == slow_rank(source, top_k)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 2**32), scale=st.sampled_from([1e-30, 1e-19, 1.0, 1e15]))
+def test_distances_that_differ_by_less_than_their_rounding_are_ranked_exactly(
+    seed: int, scale: float
+) -> None:
+    """At 1e-30 all squares underflow: FAISS's distances say nothing at all."""
+    rng = np.random.default_rng(seed)
+    vectors = (scale * (1 + rng.integers(0, 4, (60, 8)) * 2.0**-22)).astype(np.float32)
+    source = FakeSource(np.zeros(8, np.float32), vectors, np.arange(60) % 20, noise=seed)
+
+    assert ranked(source, 5, 3) == slow_rank(source, 5)
+
+
+def test_an_identity_with_very_many_tracklets_does_not_hide_the_others() -> None:
+    rng = np.random.default_rng(0)
+    crowd = rng.normal(0, 0.01, (20_000, 4))
+    others = rng.normal(10, 1, (50, 4))
+    vectors = np.concatenate([crowd, others]).astype(np.float32)
+    groups = np.concatenate([np.zeros(20_000, np.int64), np.arange(1, 51)])
+    source = FakeSource(np.zeros(4, np.float32), vectors, groups)
+
+    found = ranked(source, 10, 64)
+
+    assert found == slow_rank(source, 10)
+    assert source.rounds == [64, 512]
+    assert source.fetched < 100
+
+
+def test_only_contenders_are_fetched() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(5000, 16)).astype(np.float32)
+    source = FakeSource(vectors[0], vectors, np.arange(5000) % 500)
+
+    ranked(source, 10, 256)
+
+    assert source.fetched <= 20
+
+
+def test_equal_vectors_rank_by_tracklet_id() -> None:
+    source = FakeSource(np.ones(2, np.float32), np.ones((300, 2), np.float32), np.arange(300) % 100)
+
+    assert ranked(source, 5, 8) == slow_rank(source, 5)
+
+
+def test_top_k_above_the_number_of_groups_gives_them_all() -> None:
+    vectors = np.arange(12, dtype=np.float32).reshape(6, 2)
+    source = FakeSource(vectors[3], vectors, np.array([0, 0, 1, 1, 2, 2]))
+
+    assert ranked(source, 500, 2) == slow_rank(source, 500)
+
+
+@pytest.mark.parametrize(
+    ("nearest", "threshold", "decision"),
+    [
+        (1.0, None, None),
+        (None, None, None),
+        (None, 2.0, "no_match"),
+        (1.0, 2.0, "match"),
+        (2.0, 2.0, "match"),
+        (2.1, 2.0, "no_match"),
+        (0.0, 0.0, "match"),
+    ],
+)
+def test_decision(nearest: float | None, threshold: float | None, decision: str | None) -> None:
+    assert decide(nearest, threshold) == decision
