@@ -35,6 +35,7 @@ from index.gallery import (
 )
 from index.locks import ReadWriteLock
 from index.rows import Stored
+from index.schema import damage_told
 from index.store import Chunk, Store
 from index.vectors import IndexPlan
 
@@ -78,8 +79,9 @@ class EmbeddedGallery:
         self._closed = False
         self._writes_until_upkeep = 0
         try:
-            self._plan = IndexPlan(index, self._store.content().dimension)
-            self._derived = self._load()
+            with damage_told():
+                self._plan = IndexPlan(index, self._store.content().dimension)
+                self._derived = self._load()
         except BaseException:
             self._store.close()
             raise

@@ -14,6 +14,8 @@ from index.gallery import (
 APPLICATION_ID = 0x50415353  # "PASS", in the header of every file of ours
 BUSY_TIMEOUT_MS = 5000
 
+_DAMAGE = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
+
 # Migration i brings a file from version i to i + 1. A published migration never changes.
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -66,6 +68,23 @@ def translated(doing: str) -> Iterator[None]:
         raise GalleryUnavailableError(f"cannot {doing}: {error}") from error
 
 
+@contextmanager
+def damage_told() -> Iterator[None]:
+    """While a gallery is being opened: tell a file that is damaged from one that is out of reach.
+
+    Raises:
+        DamagedGalleryError: SQLite finds that the file is damaged, or not its own.
+    """
+    try:
+        yield
+    except GalleryUnavailableError as error:
+        cause = error.__cause__
+        if isinstance(cause, sqlite3.Error) and _code(cause) in _DAMAGE:
+            message = f"expected a gallery file, got a damaged or foreign one: {cause}"
+            raise DamagedGalleryError(message) from error
+        raise
+
+
 def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Connection:
     """Open the one connection that writes, and bring the file to the newest version.
 
@@ -81,7 +100,7 @@ def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.C
     """
     connection = _connect(path)
     try:
-        with translated("open the gallery"), _damage_told():
+        with damage_told(), translated("open the gallery"):
             _recognise(connection, newest=len(migrations))
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
@@ -142,17 +161,6 @@ def _migrate(connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
             finally:
                 if connection.in_transaction:
                     cursor.execute("ROLLBACK")
-
-
-@contextmanager
-def _damage_told() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        if _code(error) in {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}:
-            message = f"expected a gallery file, got a damaged or foreign one: {error}"
-            raise DamagedGalleryError(message) from error
-        raise
 
 
 def _code(error: sqlite3.Error) -> int | None:

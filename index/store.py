@@ -275,7 +275,8 @@ class Store:
             vectors, smallest, greatest = connection.execute(
                 "SELECT count(*), min(length(vector)), max(length(vector)) FROM embeddings"
             ).fetchone()
-        if not tracklets == vectors or models > 1 or smallest != greatest:
+        is_whole = smallest is None or (smallest > 0 and smallest % _VECTOR.itemsize == 0)
+        if tracklets != vectors or models > 1 or smallest != greatest or not is_whole:
             raise DamagedGalleryError(
                 f"expected embeddings of one model and size for {tracklets} tracklets, got "
                 f"{vectors} of {models} models and {smallest} to {greatest} bytes"

@@ -174,6 +174,8 @@ class VectorIndex:
 
     def remove(self, slot: int) -> None:
         """Erase a vector as far as this kind of index can; a search must leave out its slot."""
+        if isinstance(self._inner, faiss.IndexIVFFastScan):
+            return  # FAISS 1.15 mixes up what is added after a removal: most of it is not found
         if isinstance(self._inner, faiss.IndexIVF):
             self._index.remove_ids(np.array([slot], dtype=np.int64))
         elif isinstance(self._inner, faiss.IndexFlatCodes):

@@ -1,4 +1,4 @@
-"""What the tests of galleries share: makers of enrolments and a gallery in a temporary directory."""
+"""What the tests of galleries share: a maker of enrolments, and an empty gallery."""
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime

@@ -1,4 +1,3 @@
-import random
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,16 @@ def touch(root: Path, *names: str) -> None:
 
 def test_natural_order_counts_as_people_do() -> None:
     names = ["1.jpg", "2.jpg", "10.jpg", "a1b2.png", "a1b10.png", "a2b1.png", "B1.png"]
-    shuffled = random.Random(3).sample(names, len(names))
+    backwards = names[::-1]
 
-    assert sorted(shuffled, key=natural_key) == names
+    assert sorted(backwards, key=natural_key) == names
 
 
 def test_natural_order_is_the_same_whatever_order_the_names_come_in() -> None:
     """Names that count alike must not depend on the order in which the disk lists them."""
     names = ["1.jpg", "01.jpg", "001.jpg", "A.jpg", "a.jpg"]
 
-    assert sorted(names, key=natural_key) == sorted(reversed(names), key=natural_key)
+    assert len({natural_key(name) for name in names}) == len(names)
 
 
 def test_natural_order_takes_numbers_of_any_length() -> None:
@@ -107,14 +106,14 @@ def test_what_does_not_belong_is_refused_by_name(
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="expected a folder at .*absent, got nothing"):
+    with pytest.raises(DatasetError, match=r"expected a folder at .*absent, got nothing"):
         read_folder(tmp_path / "absent")
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "people.zip")
 
-    with pytest.raises(DatasetError, match="expected a folder at .*zip, got a file"):
+    with pytest.raises(DatasetError, match=r"expected a folder at .*zip, got a file"):
         read_tracklet(tmp_path / "people.zip")
 
 

@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from model.datasets.figure import draw_figure
 from model.datasets.filming import OCCLUDER_KINDS, Frames, Occluder, draw_tracklet
 from model.datasets.folder import read_folder
 from model.datasets.people import Identity, draw_identities, draw_identity, draw_twin
@@ -23,6 +24,7 @@ from model.datasets.synthetic import (
     draw_set,
     write_folder,
 )
+from model.datasets.tubes import Layer, View
 from model.errors import DatasetError
 
 SMALL = SyntheticSet(
@@ -101,8 +103,43 @@ def test_lengths_reach_both_ends() -> None:
 def test_every_two_frames_of_a_tracklet_differ() -> None:
     frames = shot().astype(np.int16)
 
-    for first, second in zip(frames[:-1], frames[1:], strict=True):
+    for first, second in pairwise(frames):
         assert np.abs(first - second).mean() > 2  # levels; the noise alone makes less than this
+
+
+def test_people_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each frame is a later moment of the walking cycle, and the moment moves the legs."""
+    phases: list[float] = []
+
+    def spy(identity: Identity, view: View, *, phase: float, **rest: Any) -> Layer:
+        phases.append(phase)
+        return draw_figure(identity, view, phase=phase, **rest)
+
+    monkeypatch.setattr("model.datasets.filming.draw_figure", spy)
+    shot()
+    view = View(yaw=1.0, pitch=0.2, scale=32, feet=(16, 60))
+    legs = [
+        draw_figure(ANNA, view, phase=phase, height=64, width=32).alpha[35:]
+        for phase in phases[-6:]  # bystanders come first
+    ]
+
+    assert all(0.3 < later - earlier < 0.8 for earlier, later in pairwise(phases[-6:]))
+    assert all(np.abs(one - other).sum() > 20 for one, other in pairwise(legs))
+
+
+def test_each_number_is_one_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One person goes to all cameras under one number, and no two numbers are the same person."""
+    people: list[Identity] = []
+
+    def spy(identity: Identity, *_: object, **__: object) -> Frames:
+        people.append(identity)
+        return np.zeros((1, 64, 32, 3), np.uint8)
+
+    monkeypatch.setattr("model.datasets.synthetic.draw_tracklet", spy)
+    list(draw_set(SMALL))
+
+    assert people[::2] == people[1::2]
+    assert len(set(people)) == 3
 
 
 def test_the_person_says_nothing_about_the_scene() -> None:
@@ -137,7 +174,7 @@ def test_the_people_say_nothing_about_lengths_and_occluders() -> None:
 def test_a_person_looks_more_like_themselves_than_like_others_across_cameras() -> None:
     """Colour histograms of the torso, which know nothing of the generator, tell people apart."""
     config = SyntheticSet(
-        identities=10, frames_min=4, frames_max=4, height=64, width=32,
+        identities=16, frames_min=4, frames_max=4, height=64, width=32,
         twin_share=0, occluded_share=0, seed=2,
     )  # fmt: skip
     histograms: dict[int, list[NDArray[np.float64]]] = {1: [], 2: []}
@@ -146,12 +183,12 @@ def test_a_person_looks_more_like_themselves_than_like_others_across_cameras() -
         counts, _ = np.histogramdd(torso, bins=6, range=[(0, 256)] * 3)
         histograms[drawn.camera].append(np.sqrt(counts / counts.sum()).ravel())
     first, second = (np.array(rows) for rows in histograms.values())
-    likeness = first @ second.T  # (10, 10) Bhattacharyya coefficients
+    likeness = first @ second.T  # (16, 16) Bhattacharyya coefficients
 
     same = np.diag(likeness)
-    different = likeness[~np.eye(10, dtype=bool)]
+    different = likeness[~np.eye(16, dtype=bool)]
 
-    assert same.mean() > different.mean() + 0.15
+    assert same.mean() > different.mean() + 0.08  # 0.14 to 0.20 with the seeds 0 to 4
 
 
 def test_twins_differ_in_one_or_two_visible_attributes() -> None:

@@ -1,0 +1,236 @@
+"""FAISS indexes of every kind that a gallery takes, and those that it refuses."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from index.embedded import EmbeddedGallery
+from index.gallery import Embeddings, Filters, InvalidIndexError
+from index.vectors import IndexPlan, VectorIndex
+from tests.index.conftest import Enrol
+
+DIMENSION = 8
+ROWS = 2600
+KINDS = [
+    "Flat",
+    "HNSW16",
+    "IVF16,Flat",
+    "SQ8",
+    "SQfp16",
+    "HNSW16,SQ8",
+    "IVF8,PQ4x4",
+    "IVF8,PQ8x4fs",
+    "PCA6,Flat",
+    "PCA6,IVF8,Flat",
+    "PCA6,HNSW16",
+    "IVF16_HNSW8,Flat",
+]
+
+
+@pytest.fixture(scope="module")
+def vectors() -> Embeddings:
+    return np.random.default_rng(0).normal(size=(ROWS, DIMENSION)).astype(np.float32)
+
+
+@pytest.fixture(params=KINDS)
+def filled(
+    request: pytest.FixtureRequest, directory: Path, enrol: Enrol, vectors: Embeddings
+) -> Iterator[EmbeddedGallery]:
+    """Row i is tracklet i of identity i % 300 at camera i % 26, enrolled in parts."""
+    added = [
+        enrol(f"t{row}", vectors[row].tolist(), identity=f"p{row % 300}", camera=f"c{row % 26}")
+        for row in range(ROWS)
+    ]
+    with EmbeddedGallery(directory, index=request.param) as gallery:
+        for start in range(0, ROWS, 650):
+            gallery.add(added[start : start + 650])
+        yield gallery
+
+
+def slow_nearest(
+    vectors: Embeddings, query: Embeddings, rows: NDArray[np.int64], top_k: int
+) -> dict[str, float]:
+    distances = np.sqrt(np.square(vectors[rows] - query.astype(float)).sum(axis=1))
+    order = np.argsort(distances)[:top_k]
+    return {f"t{rows[at]}": float(distances[at]) for at in order}
+
+
+def test_every_kind_finds_nearly_all_with_exact_distances(
+    filled: EmbeddedGallery, vectors: Embeddings
+) -> None:
+    rows = np.arange(ROWS)
+    right = 0
+    for query in np.random.default_rng(1).normal(size=(20, DIMENSION)).astype(np.float32):
+        result = filled.search(query, model="trsa-test", top_k=10, group_by="tracklet")
+        expected = slow_nearest(vectors, query, rows, 10)
+        assert len(result.matches) == 10
+        for match in result.matches:
+            row = int(match.record.tracklet_id[1:])
+            distance = float(np.linalg.norm(vectors[row].astype(float) - query))
+            assert match.distance == pytest.approx(distance, rel=1e-6)
+        right += len(expected.keys() & {match.record.tracklet_id for match in result.matches})
+
+    assert right / 200 > 0.85
+
+
+def test_every_kind_filters_inside_the_search(filled: EmbeddedGallery, vectors: Embeddings) -> None:
+    """A hundred rows of one camera: exact with any kind, however rare they are."""
+    rows = np.arange(3, ROWS, 26)
+    for query in np.random.default_rng(2).normal(size=(10, DIMENSION)).astype(np.float32):
+        result = filled.search(
+            query,
+            model="trsa-test",
+            top_k=10,
+            group_by="tracklet",
+            filters=Filters(cameras=frozenset({"c3"})),
+        )
+
+        found = {match.record.tracklet_id: match.distance for match in result.matches}
+        assert found == pytest.approx(slow_nearest(vectors, query, rows, 10))
+        assert result.searched == 100
+
+
+def test_no_kind_returns_what_filters_leave_out(filled: EmbeddedGallery) -> None:
+    """Many rows pass here, so FAISS does the filtering."""
+    half = frozenset(f"c{camera}" for camera in range(13))
+    for query in np.random.default_rng(3).normal(size=(10, DIMENSION)).astype(np.float32):
+        result = filled.search(
+            query, model="trsa-test", top_k=40, filters=Filters(exclude_cameras=half)
+        )
+
+        assert len(result.matches) == 40
+        assert not {match.record.camera for match in result.matches} & half
+        assert result.searched == ROWS // 2
+
+
+def test_a_removed_row_never_comes_back(filled: EmbeddedGallery, vectors: Embeddings) -> None:
+    """Searched for by its own vector, before and after its memory is freed, and after reopening."""
+    removed = range(0, 1600, 2)
+    for number, row in enumerate(removed):
+        filled.remove(f"t{row}")
+        if number % 40 == 0:
+            result = filled.search(vectors[row], model="trsa-test", top_k=5, group_by="tracklet")
+            left = {int(match.record.tracklet_id[1:]) for match in result.matches}
+            assert not left & set(removed[: number + 1])
+            assert len(left) == 5
+
+    assert filled._derived is not None
+    dead = filled._derived.columns.dead
+    assert dead < len(removed) / 2
+    assert filled._derived.vectors._index.ntotal in {ROWS - 800, ROWS - 800 + dead}
+    assert filled.counts().tracklets == ROWS - 800
+
+
+def test_rows_added_after_removals_are_found(
+    filled: EmbeddedGallery, enrol: Enrol, vectors: Embeddings
+) -> None:
+    for row in range(30):
+        filled.remove(f"t{row}")
+
+    filled.add([enrol(f"new{row}", vectors[row].tolist(), identity="new") for row in range(30)])
+
+    for row in range(30):
+        result = filled.search(vectors[row], model="trsa-test", top_k=1)
+        assert [(m.record.tracklet_id, m.distance) for m in result.matches] == [(f"new{row}", 0.0)]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
+def test_a_removed_vector_leaves_memory_at_once(
+    directory: Path, enrol: Enrol, factory: str
+) -> None:
+    with EmbeddedGallery(directory, index=factory) as gallery:
+        gallery.add([enrol("a", [1, 2]), enrol("b", [3, 4])])
+        gallery.remove("a")
+
+        assert gallery._derived is not None
+        index = gallery._derived.vectors._index
+        assert index.reconstruct(0).tolist() == [0, 0]
+        assert index.reconstruct(1).tolist() == [3, 4]
+
+
+def test_an_index_that_needs_training_is_flat_until_there_are_enough_rows(
+    directory: Path, enrol: Enrol, vectors: Embeddings
+) -> None:
+    """IVF30 needs 39 * 30 = 1170 rows; it is trained again at 2340."""
+    added = [enrol(f"t{row}", vectors[row].tolist()) for row in range(ROWS)]
+    trained = []
+    with EmbeddedGallery(directory, index="IVF30,Flat") as gallery:
+        for start, end in [(0, 1169), (1169, 1170), (1170, 2339), (2339, 2340)]:
+            gallery.add(added[start:end])
+            assert gallery._derived is not None
+            trained.append(gallery._derived.vectors.trained_on)
+    with EmbeddedGallery(directory, index="IVF30,Flat") as gallery:
+        assert gallery._derived is not None
+        assert not gallery._derived.vectors.exhaustive
+        trained.append(gallery._derived.vectors.trained_on)
+
+    assert trained == [0, 1170, 1170, 2340, 2340]
+
+
+def test_training_that_fails_leaves_the_enrolment_and_the_old_index(
+    directory: Path, enrol: Enrol, vectors: Embeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> VectorIndex:
+        raise InvalidIndexError("training failed")
+
+    with EmbeddedGallery(directory, index="IVF4,Flat") as gallery:
+        gallery.add([enrol(f"t{row}", vectors[row].tolist()) for row in range(900)])
+        monkeypatch.setattr(IndexPlan, "build", fail)
+        gallery.add([enrol(f"t{row}", vectors[row].tolist()) for row in range(900, 1100)])
+
+        result = gallery.search(vectors[1050], model="trsa-test", top_k=1)
+        assert result.matches[0].record.tracklet_id == "t1050"
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "",
+        "nonsense",
+        "IVF0,Flat",
+        "IVF-1,Flat",
+        "IVF99999999999999999999,Flat",
+        "HNSW0",
+        "LSH",
+        "PQ8",
+        "NSG16",
+        "L2norm,Flat",
+        "IDMap,Flat",
+        "IDMap2,IVF16,Flat",
+        "Flat,RFlat",
+    ],
+)
+def test_a_factory_string_of_no_use_is_refused_at_opening(directory: Path, factory: str) -> None:
+    with pytest.raises(InvalidIndexError, match=r"got|FAISS"):
+        EmbeddedGallery(directory, index=factory)
+
+    EmbeddedGallery(directory).close()
+
+
+def test_a_factory_string_that_does_not_fit_the_dimension_is_refused(
+    directory: Path, enrol: Enrol
+) -> None:
+    """By the first enrolment into an empty gallery, or at opening where D is known."""
+    with EmbeddedGallery(directory, index="IVF4,PQ3") as gallery:
+        with pytest.raises(InvalidIndexError):
+            gallery.add([enrol("a", [1, 2])])
+        assert gallery.counts().tracklets == 0
+    with EmbeddedGallery(directory) as gallery:
+        gallery.add([enrol("a", [1, 2])])
+
+    with pytest.raises(InvalidIndexError):
+        EmbeddedGallery(directory, index="IVF4,PQ3")
+
+
+def test_a_changed_factory_string_keeps_the_answers(
+    directory: Path, enrol: Enrol, vectors: Embeddings
+) -> None:
+    with EmbeddedGallery(directory, index="HNSW8") as gallery:
+        gallery.add([enrol(f"t{row}", vectors[row].tolist()) for row in range(500)])
+        before = gallery.search(vectors[3] * 0.9, model="trsa-test", top_k=20)
+
+    with EmbeddedGallery(directory, index="Flat") as gallery:
+        assert gallery.search(vectors[3] * 0.9, model="trsa-test", top_k=20) == before
