@@ -1,0 +1,187 @@
+"""The inference face gives what the network gives, whatever the batch, the order and the chunks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.checkpoint import Checkpoint, make_checkpoint, untrained_checkpoint
+from model.embedder import Embedder, Precision, choose_device, choose_precision, fold_batch_norm
+from model.errors import DeviceError, InvalidFramesError
+from model.frames import Clip, Preprocessing, normalise, read_clip
+
+SIZE = Preprocessing(height=64, width=32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    """A network whose batch normalisations do something, at a size that is quick."""
+    network = untrained_checkpoint(seed=0).network
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                assert tensor is not None
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            for tensor in (module.bias.data, module.running_mean):
+                assert tensor is not None
+                tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+    return make_checkpoint(network, SIZE)
+
+
+def clip(frames: int, seed: int = 0) -> Clip:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (frames, 64, 32, 3), dtype=np.uint8)
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def network_says(checkpoint: Checkpoint, pixels: Clip) -> np.ndarray:
+    with torch.inference_mode():
+        frames = normalise(torch.from_numpy(pixels), SIZE)
+        return np.asarray(checkpoint.network(frames[None])[0].numpy())
+
+
+def test_it_gives_what_the_network_gives(checkpoint: Checkpoint) -> None:
+    pixels = clip(5)
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32")
+
+    [result] = embedder.embed([pixels])
+
+    assert result.embedding.shape == (2048,)
+    assert result.embedding.dtype == np.float32
+    assert result.attention is None
+    assert relative(result.embedding, network_says(checkpoint, pixels)) < 1e-5
+
+
+def test_the_checkpoints_network_stays_as_it_was(checkpoint: Checkpoint) -> None:
+    before = network_says(checkpoint, clip(2))
+
+    Embedder(checkpoint, device="cpu", precision="bf16")
+
+    assert np.array_equal(network_says(checkpoint, clip(2)), before)
+
+
+def test_tracklets_that_share_a_batch_do_not_touch_one_another(checkpoint: Checkpoint) -> None:
+    """Tracklets of 1 to 7 frames in chunks of 4: alone or together, the embedding is the same."""
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32", max_frames=4)
+    tracklets = [clip(frames, seed=frames) for frames in (3, 1, 7, 2)]
+
+    together = embedder.embed(tracklets, with_attention=True)
+
+    for pixels, result in zip(tracklets, together, strict=True):
+        [alone] = embedder.embed([pixels], with_attention=True)
+        assert relative(result.embedding, alone.embedding) < 1e-5
+        assert result.attention is not None
+        assert result.attention.shape == (len(pixels), 4, 2)
+        assert result.attention.sum(axis=(1, 2)) == pytest.approx(1)
+
+
+def test_frame_order_does_not_matter(checkpoint: Checkpoint) -> None:
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32")
+    pixels = clip(6)
+
+    [forward] = embedder.embed([pixels])
+    [backward] = embedder.embed([pixels[::-1].copy()])
+
+    assert relative(forward.embedding, backward.embedding) < 1e-5
+
+
+def test_bf16_stays_near_fp32(checkpoint: Checkpoint) -> None:
+    pixels = clip(4)
+    [exact] = Embedder(checkpoint, device="cpu", precision="fp32").embed([pixels])
+    [rough] = Embedder(checkpoint, device="cpu", precision="bf16").embed([pixels])
+
+    assert rough.embedding.dtype == np.float32
+    assert relative(rough.embedding, exact.embedding) < 2e-2
+
+
+def test_folding_leaves_no_batch_normalisation_and_changes_nothing(checkpoint: Checkpoint) -> None:
+    frames = normalise(torch.from_numpy(clip(2)), SIZE)
+    folded = fold_batch_norm(checkpoint.network.backbone)
+
+    with torch.inference_mode():
+        ours, theirs = folded(frames), checkpoint.network.backbone(frames)
+    assert relative(ours.numpy(), theirs.numpy()) < 1e-5
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+
+
+def test_an_empty_call_is_an_empty_answer(checkpoint: Checkpoint) -> None:
+    assert Embedder(checkpoint, device="cpu").embed([]) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((0, 64, 32, 3), np.uint8),
+        np.zeros((2, 32, 64, 3), np.uint8),
+        np.zeros((64, 32, 3), np.uint8),
+        np.zeros((2, 64, 32, 3), np.float32),
+    ],
+)
+def test_a_clip_of_another_shape_is_refused(checkpoint: Checkpoint, wrong: Clip) -> None:
+    with pytest.raises(InvalidFramesError, match="expected a clip"):
+        Embedder(checkpoint, device="cpu", precision="fp32").embed([clip(1), wrong])
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:", "cuda:x", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(DeviceError, match="expected"):
+        choose_device(device)
+
+
+def test_auto_precision_is_bf16_only_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    for capabilities, expected in (
+        ({"avx2": True}, "fp32"),
+        ({"avx2": True, "avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert choose_precision("auto", cpu) == expected
+    assert choose_precision("fp16", cpu) == "fp16"
+    with pytest.raises(DeviceError, match="precision"):
+        choose_precision("int8", cpu)  # type: ignore[arg-type]
+
+
+def test_served_and_evaluated_embeddings_are_equal_to_the_bit(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """What the service decodes from bytes and what an evaluation reads from files is one path."""
+    from service.settings import LimitSettings
+    from service.uploads import FrameChoice, decode
+
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(20):
+        paths.append(tmp_path / f"{number}.jpg")
+        Image.fromarray(rng.integers(0, 256, (201, 76, 3), dtype=np.uint8)).save(paths[-1])
+    choice = FrameChoice(15, "even", SIZE)
+
+    served = decode("frames", [path.read_bytes() for path in paths], choice, LimitSettings())
+    evaluated = read_clip(paths, SIZE, used=15)
+
+    assert np.array_equal(served.clip, evaluated)
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32")
+    a, b = embedder.embed([served.clip]), embedder.embed([evaluated])
+    assert np.array_equal(a[0].embedding, b[0].embedding)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
+def test_a_gpu_embeds_like_the_cpu(
+    checkpoint: Checkpoint, precision: Precision, tolerance: float
+) -> None:
+    pixels = [clip(15, seed) for seed in range(4)]
+    on_cpu = Embedder(checkpoint, device="cpu", precision="fp32").embed(pixels)
+    on_gpu = Embedder(checkpoint, device="cuda", precision=precision).embed(pixels)
+
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert relative(ours.embedding, theirs.embedding) < tolerance

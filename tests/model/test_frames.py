@@ -1,0 +1,167 @@
+"""Which frames are used, and how an image becomes input."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from model.errors import InvalidFramesError
+from model.frames import (
+    Preprocessing,
+    choose_frames,
+    normalise,
+    prepare_frame,
+    read_clip,
+    to_rgb,
+)
+
+SMALL = Preprocessing(height=64, width=32)
+
+
+@given(received=st.integers(1, 2000), used=st.integers(1, 64))
+def test_even_frames_are_distinct_sorted_and_evenly_spread(received: int, used: int) -> None:
+    """Gaps, and what is left before and after, differ by at most one frame."""
+    chosen = choose_frames(received, used)
+
+    assert len(chosen) == min(used, received)
+    assert chosen == sorted(set(chosen))
+    assert chosen[0] >= 0
+    assert chosen[-1] < received
+    gaps = np.diff(chosen)
+    assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
+    assert abs(chosen[0] - (received - 1 - chosen[-1])) <= 1
+
+
+def test_even_takes_the_middle_of_each_part() -> None:
+    assert choose_frames(9, 3) == [1, 4, 7]
+    assert choose_frames(3, 15) == [0, 1, 2]
+
+
+@given(received=st.integers(1, 300), seed=st.integers(0, 9))
+def test_random_frames_are_in_order_and_always_as_many_as_asked(received: int, seed: int) -> None:
+    chosen = choose_frames(received, 15, "random", np.random.default_rng(seed))
+
+    assert len(chosen) == 15
+    assert set(chosen) <= set(range(received))
+    if received >= 15:
+        assert chosen == sorted(set(chosen))
+    else:
+        assert set(chosen) == set(range(received))
+
+
+def test_random_frames_repeat_with_their_seed_only() -> None:
+    def draw(seed: int) -> list[int]:
+        return choose_frames(200, 15, "random", np.random.default_rng(seed))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_all_takes_all() -> None:
+    assert choose_frames(40, 15, "all") == list(range(40))
+
+
+def test_there_must_be_a_frame_a_count_and_a_known_way() -> None:
+    with pytest.raises(InvalidFramesError, match="at least one frame"):
+        choose_frames(0, 15)
+    with pytest.raises(ValueError, match="at least 1"):
+        choose_frames(3, 0)
+    with pytest.raises(ValueError, match="sampling"):
+        choose_frames(3, 1, "odd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="generator"):
+        choose_frames(30, 1, "random")
+
+
+def test_16_bit_greys_are_scaled_and_not_clipped() -> None:
+    """65535 is white, 0x8080 the middle grey; Pillow's own conversion would make both white."""
+    deep = Image.fromarray(np.array([[0, 0x8080, 65535]], dtype=np.uint16))
+
+    assert np.asarray(to_rgb(deep))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_transparent_pixels_take_the_colour_that_normalises_to_zero() -> None:
+    image = Image.new("RGBA", (32, 64), (255, 0, 0, 0))
+
+    frame = prepare_frame(image, SMALL)
+
+    assert normalise(torch.from_numpy(frame[None].copy()), SMALL).abs().max() < 0.01
+
+
+def test_an_exif_rotation_is_applied() -> None:
+    upright = np.zeros((64, 32, 3), dtype=np.uint8)
+    upright[:16] = (255, 0, 0)  # red on top
+    lying = Image.fromarray(np.rot90(upright).copy())
+    lying.getexif()[0x0112] = 6  # turn a quarter clockwise to see it upright
+
+    assert np.array_equal(np.asarray(to_rgb(lying)), upright)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LA", "RGBA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("RGB", (20, 50), (255, 255, 255)).convert(mode)
+
+    frame = prepare_frame(image, SMALL)
+
+    assert frame.shape == (64, 32, 3)
+    assert frame.dtype == np.uint8
+    assert frame.min() >= 250
+
+
+def test_shrinking_filters_against_aliasing() -> None:
+    """A fine chequerboard becomes even grey; without a filter it would stay black or white."""
+    fine = (np.indices((640, 320)).sum(axis=0) % 2 * 255).astype(np.uint8)
+
+    frame = prepare_frame(Image.fromarray(fine), SMALL)
+
+    assert abs(int(frame.min()) - 127) <= 4
+    assert abs(int(frame.max()) - 128) <= 4
+
+
+def test_normalising_matches_its_formula_channel_by_channel() -> None:
+    """Red, green and blue in this order: a swap would move the result by a tenth and more."""
+    frame = torch.zeros(1, 64, 32, 3, dtype=torch.uint8)
+    frame[..., 0], frame[..., 1], frame[..., 2] = 10, 100, 250
+
+    pixels = normalise(frame, SMALL)
+
+    expected = [
+        (10 / 255 - 0.485) / 0.229,
+        (100 / 255 - 0.456) / 0.224,
+        (250 / 255 - 0.406) / 0.225,
+    ]
+    assert pixels.shape == (1, 3, 64, 32)
+    assert pixels[0, :, 5, 5].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_frames_of_another_shape_or_type_are_refused() -> None:
+    with pytest.raises(InvalidFramesError, match="expected frames"):
+        normalise(torch.zeros(1, 3, 64, 32, dtype=torch.uint8), SMALL)
+    with pytest.raises(InvalidFramesError, match="expected frames"):
+        normalise(torch.zeros(1, 64, 32, 3), SMALL)
+
+
+def test_only_chosen_frames_are_decoded(tmp_path: Path) -> None:
+    paths = []
+    for number in range(9):
+        paths.append(tmp_path / f"{number}.png")
+        if number in (1, 4, 7):
+            Image.new("RGB", (32, 64), (number, 0, 0)).save(paths[-1])
+        else:
+            paths[-1].write_bytes(b"not an image")
+
+    clip = read_clip(paths, SMALL, used=3)
+
+    assert clip.shape == (3, 64, 32, 3)
+    assert clip[:, 0, 0, 0].tolist() == [1, 4, 7]
+    with pytest.raises(InvalidFramesError, match="could not decode"):
+        read_clip(paths, SMALL, used=4)
+
+
+def test_preprocessing_refuses_what_makes_no_sense() -> None:
+    for wrong in ({"height": 8}, {"interpolation": "nearest"}, {"std": (0.0, 1.0, 1.0)}):
+        with pytest.raises(ValueError, match="expected"):
+            Preprocessing(**wrong)

@@ -1,0 +1,90 @@
+"""Every command that the documentation shows exists, with the options it is shown with."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from service.cli import app
+from service.settings import Settings, known_names
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(?:sh|bash|console|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def shown_commands(page: Path) -> list[list[str]]:
+    """The commands of a page's shell blocks, split into words."""
+    commands = []
+    for block in FENCE.findall(page.read_text(encoding="utf-8")):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words = words[1:]  # a variable set for this command
+            if words:
+                commands.append(words)
+    return commands
+
+
+def all_shown(program: str) -> list[list[str]]:
+    return [words for page in PAGES for words in shown_commands(page) if words[0].endswith(program)]
+
+
+def serve_flags() -> set[str]:
+    flags = {"--help"}
+    for name in known_names():
+        plain = name.removeprefix("PASSERBY_").lower().replace("__", ".").replace("_", "-")
+        flags |= {f"--{plain}", f"--no-{plain}"}
+    return flags
+
+
+def test_the_readme_shows_a_working_command_within_25_lines() -> None:
+    first = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
+
+    assert "make demo" in first
+
+
+def test_every_make_target_shown_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+    shown = {word for words in all_shown("make") for word in words[1:] if "=" not in word}
+    assert shown
+    assert shown <= targets
+
+
+def test_every_passerby_command_shown_exists_with_its_options() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group | typer.core.TyperGroup)
+    shown = all_shown("passerby")
+
+    assert shown
+    for words in shown:
+        assert words[1] in group.commands, words
+        command = group.commands[words[1]]
+        known = {option for one in command.params for option in one.opts} | {"--help"}
+        known |= serve_flags() if words[1] == "serve" else set()
+        used = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+        assert used <= known, words
+
+
+def test_every_script_shown_exists() -> None:
+    scripts = [word for words in all_shown("python") for word in words if word.endswith(".py")]
+
+    assert all((ROOT / script).is_file() for script in scripts), scripts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_within_the_repository_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_every_setting_named_in_the_documentation_exists() -> None:
+    for page in PAGES:
+        for name in re.findall(r"PASSERBY_[A-Z_]+[A-Z]", page.read_text(encoding="utf-8")):
+            prefixes = {one[: len(name)] for one in known_names()}
+            assert name in prefixes, f"{page.name}: {name}"
+    assert Settings.model_fields  # the names above come from there
