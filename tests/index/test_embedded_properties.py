@@ -135,41 +135,16 @@ def assert_same_answer(
     assert all(match.record == held[match.record.tracklet_id].record for match in result.matches)
 
 
-@settings(max_examples=1300, deadline=None)
-@given(
-    added=st.lists(enrolments, max_size=40, unique_by=lambda each: each.record.tracklet_id),
-    asked=st.lists(searches, min_size=1, max_size=4),
-)
-def test_search_equals_the_slow_search(added: list[Enrolment], asked: list[dict[str, Any]]) -> None:
-    with (
-        tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory,
-        EmbeddedGallery(Path(directory)) as gallery,
-    ):
-        gallery.add(added)
-
-        held = {each.record.tracklet_id: each for each in added}
-        for search in asked:
-            assert_same_answer(gallery, held, search)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    rows=st.integers(300, 900),
-    groups=st.integers(1, 400),
-    asked=st.lists(searches, min_size=1, max_size=4),
-)
-def test_large_random_galleries_equal_the_slow_search(
-    seed: int, rows: int, groups: int, asked: list[dict[str, Any]]
-) -> None:
-    """More rows than the first round of candidates, and most of them tied."""
+def drawn_enrolments(seed: int, rows: int, groups: int) -> list[Enrolment]:
+    """Many rows, cheaply: a few identities have most of them."""
     rng = np.random.default_rng(seed)
-    added = [
+    names = ["anna", "bert", *(f"p{group}" for group in range(groups))]
+    return [
         Enrolment(
             TrackletRecord(
-                tracklet_id=f"t{rng.integers(10**9)}-{row}",
-                identity=f"p{int(groups * rng.random() ** 4)}" if rng.random() < 0.9 else None,
-                camera=f"c{rng.integers(4)}",
+                tracklet_id=f"t{number}",
+                identity=names[int(groups * rng.random() ** 4)] if rng.random() < 0.9 else None,
+                camera=f"c{rng.integers(1, 5)}",
                 start_time=START + timedelta(hours=int(rng.integers(6))),
                 frames_received=1,
                 frames_used=1,
@@ -179,17 +154,55 @@ def test_large_random_galleries_equal_the_slow_search(
             ),
             rng.integers(-2, 3, DIMENSION).astype(np.float32),
         )
-        for row in range(rows)
+        for number in rng.permutation(rows)
     ]
+
+
+def check_searches(added: list[Enrolment], asked: list[dict[str, Any]]) -> None:
+    held = {each.record.tracklet_id: each for each in added}
     with (
         tempfile.TemporaryDirectory(dir=MEMORY_DISK) as directory,
         EmbeddedGallery(Path(directory)) as gallery,
     ):
         gallery.add(added)
-
-        held = {each.record.tracklet_id: each for each in added}
         for search in asked:
             assert_same_answer(gallery, held, search)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    added=st.lists(enrolments, max_size=40, unique_by=lambda each: each.record.tracklet_id),
+    asked=st.lists(searches, min_size=1, max_size=4),
+)
+def test_search_equals_the_slow_search(added: list[Enrolment], asked: list[dict[str, Any]]) -> None:
+    check_searches(added, asked)
+
+
+@settings(max_examples=900, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 60),
+    groups=st.integers(1, 40),
+    asked=st.lists(searches, min_size=1, max_size=2),
+)
+def test_search_in_many_small_galleries_equals_the_slow_search(
+    seed: int, rows: int, groups: int, asked: list[dict[str, Any]]
+) -> None:
+    check_searches(drawn_enrolments(seed, rows, groups), asked)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(300, 900),
+    groups=st.integers(1, 400),
+    asked=st.lists(searches, min_size=1, max_size=2),
+)
+def test_search_in_larger_galleries_equals_the_slow_search(
+    seed: int, rows: int, groups: int, asked: list[dict[str, Any]]
+) -> None:
+    """More rows than the first round of candidates, and most of them tied."""
+    check_searches(drawn_enrolments(seed, rows, groups), asked)
 
 
 class GalleryMachine(RuleBasedStateMachine):

@@ -108,7 +108,7 @@ def test_no_kind_returns_what_filters_leave_out(filled: EmbeddedGallery) -> None
 
 def test_a_removed_row_never_comes_back(filled: EmbeddedGallery, vectors: Embeddings) -> None:
     """Searched for by its own vector, before and after its memory is freed, and after reopening."""
-    removed = range(0, 1600, 2)
+    removed = range(0, 1200, 2)
     for number, row in enumerate(removed):
         filled.remove(f"t{row}")
         if number % 40 == 0:
@@ -120,8 +120,8 @@ def test_a_removed_row_never_comes_back(filled: EmbeddedGallery, vectors: Embedd
     assert filled._derived is not None
     dead = filled._derived.columns.dead
     assert dead < len(removed) / 2
-    assert filled._derived.vectors._index.ntotal in {ROWS - 800, ROWS - 800 + dead}
-    assert filled.counts().tracklets == ROWS - 800
+    assert filled._derived.vectors._index.ntotal in {ROWS - 600, ROWS - 600 + dead}
+    assert filled.counts().tracklets == ROWS - 600
 
 
 def test_rows_added_after_removals_are_found(

@@ -1,0 +1,265 @@
+"""The image and the compose files: what they must say, and that they do what they say."""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from model.cli import draw_to
+from model.datasets.folder import read_folder
+from model.datasets.synthetic import SyntheticSet
+from service.client import Client, read_local
+from service.enrolment import enrol_all, plan_folder
+from service.settings import Settings, known_names
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+# What the image decides, and what names a file of the container: those come with a mount.
+NOT_PASSED_IN = {"HOST", "PORT", "DATA_DIR", "WEIGHTS", "API_KEYS_FILE"}
+
+
+def compose(name: str) -> dict[str, Any]:
+    """A compose file as YAML reads it."""
+    content: dict[str, Any] = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    return content
+
+
+def instructions() -> list[str]:
+    """The instructions of the Dockerfile's last stage, each on one line."""
+    joined = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^#.*\n", "", DOCKERFILE))
+    lines = [line.strip() for line in joined.splitlines() if line.strip()]
+    return lines[max(i for i, line in enumerate(lines) if line.startswith("FROM")) :]
+
+
+def position(matches: Callable[[str], bool]) -> int:
+    """Where the one instruction that matches stands."""
+    [found] = [i for i, line in enumerate(instructions()) if matches(line)]
+    return found
+
+
+SERVICE = compose("docker-compose.yml")["services"]["passerby"]
+GPU_SERVICE = compose("docker-compose.gpu.yml")["services"]["passerby"]
+
+
+def test_dependencies_have_a_layer_below_the_code() -> None:
+    """A change of the code must not install torch again."""
+    dependencies = position(lambda line: "--requirement requirements.txt" in line)
+    code = position(lambda line: line.startswith("COPY . "))
+    package = position(lambda line: "--no-deps" in line)
+
+    assert dependencies < code < package
+
+
+def test_dependencies_are_held_to_the_constraints() -> None:
+    installs = [line for line in instructions() if "pip install" in line]
+
+    assert len(installs) == 2
+    assert "--constraint constraints.txt" in installs[0]
+    assert all("--no-cache-dir" in line for line in installs)
+
+
+def test_image_runs_as_a_numbered_user_that_is_not_root() -> None:
+    """And becomes it after the last thing that needs root."""
+    user = position(lambda line: line.startswith("USER "))
+    last_run = max(i for i, line in enumerate(instructions()) if line.startswith(("RUN", "COPY")))
+
+    [uid, gid] = instructions()[user].removeprefix("USER ").split(":")
+    assert int(uid) > 0
+    assert int(gid) > 0
+    assert user > last_run
+
+
+def test_image_starts_the_service_without_a_shell() -> None:
+    """A shell as process 1 would keep SIGTERM from the service."""
+    assert 'ENTRYPOINT ["passerby", "serve"]' in instructions()
+    assert "STOPSIGNAL SIGTERM" in instructions()
+    assert "VOLUME /data" in instructions()
+
+
+def test_image_is_checked_as_compose_checks_it() -> None:
+    healthcheck = instructions()[position(lambda line: line.startswith("HEALTHCHECK"))]
+    options = dict(re.findall(r"--([a-z-]+)=(\S+)", healthcheck))
+    command: list[str] = yaml.safe_load(healthcheck.split(" CMD ")[1])
+
+    assert "/readyz" in command[-1]
+    assert SERVICE["healthcheck"] == {
+        "test": ["CMD", *command],
+        "retries": int(options.pop("retries")),
+        **{name.replace("-", "_"): value for name, value in options.items()},
+    }
+
+
+def test_image_is_told_only_settings_that_exist() -> None:
+    """An unknown PASSERBY_ variable stops the start."""
+    assert set(re.findall(r"PASSERBY_[A-Z_]+", "\n".join(instructions()))) <= known_names()
+
+
+def test_compose_passes_on_every_setting_that_is_not_the_images() -> None:
+    expected = known_names() - {f"PASSERBY_{name}" for name in NOT_PASSED_IN}
+
+    assert set(SERVICE["environment"]) == expected
+    assert set(GPU_SERVICE["environment"]) <= expected
+
+
+def test_compose_keeps_the_data_in_a_named_volume() -> None:
+    assert SERVICE["volumes"] == ["passerby-data:/data"]
+    assert "passerby-data" in compose("docker-compose.yml")["volumes"]
+
+
+def test_compose_restarts_what_has_died() -> None:
+    assert SERVICE["restart"] == "unless-stopped"
+
+
+def test_compose_waits_for_a_graceful_stop() -> None:
+    """Requests get the grace, then the worker gets it once more."""
+    seconds = float(SERVICE["stop_grace_period"].removesuffix("s"))
+
+    assert seconds > 2 * Settings.model_fields["shutdown_grace_s"].default
+
+
+def test_compose_publishes_to_this_machine_alone() -> None:
+    """The service asks for no key by default."""
+    assert SERVICE["ports"] == ["${PUBLISH:-127.0.0.1:8000}:8000"]
+
+
+def test_gpu_override_reserves_a_gpu_and_builds_for_it() -> None:
+    [device] = GPU_SERVICE["deploy"]["resources"]["reservations"]["devices"]
+
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert GPU_SERVICE["build"]["args"] == {"INDEX": "gpu"}
+    assert GPU_SERVICE["image"] != SERVICE["image"]
+
+
+def documented_settings() -> dict[str, str]:
+    """Names and defaults in the settings table of the operations page."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"(?m)^\| `(PASSERBY_\w+)` \| ([^|]+) \|", page))
+
+
+def test_operations_page_names_exactly_the_settings_that_exist() -> None:
+    assert set(documented_settings()) == known_names()
+
+
+def real_settings() -> dict[str, str]:
+    """Names and defaults of the settings, written as the operations page writes them."""
+    real = {name: "none" for name in known_names() if name.endswith("_FILE")}
+    for name, value in Settings.model_construct().model_dump().items():
+        for child, default in value.items() if isinstance(value, dict) else [("", value)]:
+            text = str(default).lower() if isinstance(default, bool) else f"{default!s}"
+            text = f"{default:g}" if isinstance(default, float) else text
+            is_none = default is None or default == ()
+            key = "PASSERBY_" + "__".join(part for part in (name, child) if part).upper()
+            real[key] = "none" if is_none else f"`{text}`"
+    return real
+
+
+def test_operations_page_gives_the_real_defaults() -> None:
+    """And so names exactly the settings that exist."""
+    assert documented_settings() == real_settings()
+
+
+@cache
+def compose_command() -> tuple[str, ...] | None:
+    """Compose v2 where there is one, else the older command."""
+    with contextlib.suppress(OSError):
+        if subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
+            return ("docker", "compose")
+    return ("docker-compose",) if shutil.which("docker-compose") else None
+
+
+def why_not_docker() -> str | None:
+    """Why nothing can be tried with Docker here."""
+    try:
+        info = subprocess.run(["docker", "info"], capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"no Docker engine answers: {error}"
+    if info.returncode:
+        return "no Docker engine answers `docker info`"
+    return None if compose_command() else "neither `docker compose` nor `docker-compose` is here"
+
+
+class Deployment:
+    """The compose file under a project name and a port of its own."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._publish = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._name = f"passerby-test-{os.getpid()}"
+        self.address = f"http://{self._publish}"
+
+    def compose(self, *arguments: str) -> str:
+        """Run a compose command; what it prints comes back."""
+        environment = {n: v for n, v in os.environ.items() if not n.startswith("PASSERBY_")}
+        done = subprocess.run(
+            # Neither .env nor the override file of this checkout: the defaults are on trial.
+            [
+                *(compose_command() or ()),
+                *("--env-file", os.devnull, "-f", "docker-compose.yml", "-p", self._name),
+                *arguments,
+            ],
+            cwd=ROOT,
+            env={**environment, "PUBLISH": self._publish},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=3600,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
+
+    def start(self, client: Client) -> None:
+        """Start it and wait until it is ready."""
+        self.compose("up", "-d")
+        deadline = time.monotonic() + 180
+        while not client.ready():
+            assert time.monotonic() < deadline, self.compose("logs")[-4000:]
+            time.sleep(1)
+
+
+@pytest.fixture
+def deployment() -> Iterator[Deployment]:
+    """Built and not yet started; removed with its data at the end."""
+    if reason := why_not_docker():
+        pytest.skip(reason)
+    built = Deployment()
+    try:
+        built.compose("build")
+        yield built
+    finally:
+        built.compose("down", "-v")
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+def test_gallery_survives_its_container(deployment: Deployment, tmp_path: Path) -> None:
+    """Build, start, enrol and ask; the same answer comes from a new container."""
+    draw_to(SyntheticSet(identities=3), tmp_path, Console(quiet=True))
+    tasks = plan_folder(tmp_path, frozenset({"c1"}))
+    asked = next(one for one in read_folder(tmp_path) if one.camera == "c2")
+    local = read_local(asked.frames)
+    with Client(deployment.address) as client:
+        deployment.start(client)
+        outcomes = list(enrol_all(client, tasks, concurrency=1, stop=lambda: False))
+        before = client.query(local, {})
+        uid = deployment.compose("exec", "-T", "passerby", "id", "-u").split()[-1]
+
+        deployment.compose("down")
+        deployment.start(client)
+        after = client.query(local, {})
+
+    assert [outcome.state for outcome in outcomes] == ["enrolled"] * 3
+    assert uid != "0"
+    assert after["searched"] == 3
+    assert after["matches"] == before["matches"]
