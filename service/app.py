@@ -12,7 +12,12 @@ from starlette.concurrency import run_in_threadpool
 
 from index.gallery import Gallery
 from service import problems
-from service.middleware import BodyLimitMiddleware, KeyMiddleware, RequestMiddleware
+from service.middleware import (
+    BodyLimitMiddleware,
+    DrainMiddleware,
+    KeyMiddleware,
+    RequestMiddleware,
+)
 from service.parts import Parts, UploadSlots
 from service.routes import gallery as gallery_routes
 from service.routes import query as query_routes
@@ -58,9 +63,15 @@ def create_app(embedder: Embedder, gallery: Gallery, settings: Settings) -> Fast
         app.include_router(routes.router)
     problems.install(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimitMiddleware, limit_bytes=8 * settings.limits.metadata_bytes)
+    limits = settings.limits
+    app.add_middleware(
+        BodyLimitMiddleware,
+        upload_bytes=limits.request_bytes,
+        other_bytes=8 * limits.metadata_bytes,
+    )
     if settings.api_keys:
         app.add_middleware(KeyMiddleware, keys=settings.api_keys)
+    app.add_middleware(DrainMiddleware, limit_bytes=limits.request_bytes)
     app.add_middleware(RequestMiddleware)
     return app
 

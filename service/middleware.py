@@ -1,5 +1,7 @@
 """What happens around every request: id, log line, key, bound on the body, last resort."""
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -14,12 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import UnauthenticatedError
+from service.errors import PayloadTooLargeError, UnauthenticatedError
 from service.logs import request_id
 from service.problems import KINDS, internal_problem, problem
 
 log = logging.getLogger("passerby.request")
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+DRAIN_S = 5.0
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 
 
@@ -106,18 +109,31 @@ def _digest(key: str) -> bytes:
 
 
 class BodyLimitMiddleware:
-    """Bounds bodies that are not uploads; `service.multipart` bounds those as it reads them."""
+    """Bounds bodies, those that announce their length and those that do not.
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    Args:
+        app: What is behind it.
+        upload_bytes: Of a multipart body at most.
+        other_bytes: Of any other body at most.
+    """
+
+    def __init__(self, app: ASGIApp, *, upload_bytes: int, other_bytes: int) -> None:
         self._app = app
-        self._limit_bytes = limit_bytes
+        self._upload_bytes = upload_bytes
+        self._other_bytes = other_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
-        if scope["type"] != "http" or Headers(scope=scope).get("content-type", "").startswith(
-            "multipart/"
-        ):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        is_upload = headers.get("content-type", "").lower().startswith("multipart/")
+        limit_bytes = self._upload_bytes if is_upload else self._other_bytes
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > limit_bytes:
+            detail = f"expected a request of at most {limit_bytes} bytes, got {announced}"
+            await problem(KINDS[PayloadTooLargeError], detail)(scope, receive, send)
             return
         received = 0
 
@@ -125,8 +141,53 @@ class BodyLimitMiddleware:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._limit_bytes:
-                raise HTTPException(413, f"expected a body of at most {self._limit_bytes} bytes")
+            if received > limit_bytes:
+                # The one error that FastAPI lets through while it reads a JSON body.
+                raise HTTPException(
+                    413, f"expected a request of at most {limit_bytes} bytes, got more"
+                )
             return message
 
         await self._app(scope, receive_bounded, send)
+
+
+class DrainMiddleware:
+    """Takes what is left of a request before it is answered: who still sends sees no answer.
+
+    Args:
+        app: What is behind it.
+        limit_bytes: What is taken at most.
+    """
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI)."""
+        if scope["type"] != "http" or not _has_body(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        # A client that asked whether to go on sends nothing until somebody reads.
+        is_sending = Headers(scope=scope).get("expect", "").lower() != "100-continue"
+
+        async def receive_noting() -> Message:
+            nonlocal is_sending
+            message = await receive()
+            is_sending = message.get("more_body", False)
+            return message
+
+        async def send_after_all(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                taken = 0
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(DRAIN_S):
+                        while is_sending and taken <= self._limit_bytes:
+                            taken += len((await receive_noting()).get("body", b""))
+            await send(message)
+
+        await self._app(scope, receive_noting, send_after_all)
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers

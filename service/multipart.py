@@ -1,8 +1,5 @@
 """A multipart body, read as it arrives and held once, under limits."""
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -19,9 +16,7 @@ from service.errors import (
 from service.settings import LimitSettings
 
 FILE_FIELDS = ("frames", "archive", "video")
-# A client that is refused in mid-upload sees the answer only once we have taken what it still
-# sends.
-DRAIN_S = 5.0
+_FIELDS = 32  # a form has six at most
 _FIELD_BYTES_SPARE = 1024  # form fields but metadata are short
 
 
@@ -39,7 +34,7 @@ class Form:
 
 
 async def read_form(request: Request, limits: LimitSettings) -> Form:
-    """Read a multipart request.
+    """Read a multipart request, which `service.middleware` bounds as a whole.
 
     Args:
         request: With an unread body.
@@ -48,50 +43,27 @@ async def read_form(request: Request, limits: LimitSettings) -> Form:
     Raises:
         UnsupportedMediaError: The body is not multipart/form-data.
         InvalidRequestError: The body is broken, or ends early.
-        PayloadTooLargeError: A file or the request is over its limit.
+        PayloadTooLargeError: A file or a field is over its limit.
         TooManyFramesError: There are more frames than the limit.
-        ValidationError: A field is repeated, or is not text.
+        ValidationError: A field is repeated, or is not text, or there are too many.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
-    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+    if kind != b"multipart/form-data":
         raise UnsupportedMediaError(
-            "expected a body of type multipart/form-data with a boundary, got "
+            "expected a body of type multipart/form-data, got "
             f"{request.headers.get('content-type', 'none')!r}"
         )
-    stream = request.stream()
+    if not options.get(b"boundary"):
+        raise InvalidRequestError("expected a multipart boundary in Content-Type, got none")
+    reader = _FormReader(options[b"boundary"], limits)
     try:
-        _check_announced(request, limits)
-        reader = _FormReader(options[b"boundary"], limits)
-        async for chunk in stream:
+        async for chunk in request.stream():
             reader.write(chunk)
         return reader.finish()
     except FormParserError as error:
-        await _drain(stream, limits)
         raise InvalidRequestError(
             "expected a well-formed multipart body, got one that is broken or ends early"
         ) from error
-    except (PayloadTooLargeError, TooManyFramesError, ValidationError, InvalidRequestError):
-        await _drain(stream, limits)
-        raise
-
-
-def _check_announced(request: Request, limits: LimitSettings) -> None:
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limits.request_bytes:
-        raise PayloadTooLargeError(
-            f"expected a request of at most {limits.request_bytes} bytes, got {announced}"
-        )
-
-
-async def _drain(stream: AsyncIterator[bytes], limits: LimitSettings) -> None:
-    """Take what a refused client still sends, for a while, and forget it."""
-    taken = 0
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_S):
-            async for chunk in stream:
-                taken += len(chunk)
-                if taken > limits.request_bytes:
-                    return
 
 
 class _FormReader:
@@ -100,14 +72,13 @@ class _FormReader:
     def __init__(self, boundary: bytes, limits: LimitSettings) -> None:
         self._limits = limits
         self._form = Form()
-        self._received = 0
         self._finished = False
         self._header_name = b""
         self._header_value = b""
         self._headers: dict[bytes, bytes] = {}
         self._name = ""
         self._part = bytearray()
-        self._is_file = False
+        self._is_file = self._is_blank = False
         self._parser = MultipartParser(
             boundary,
             {
@@ -123,11 +94,6 @@ class _FormReader:
         )
 
     def write(self, chunk: bytes) -> None:
-        self._received += len(chunk)
-        if self._received > self._limits.request_bytes:
-            raise PayloadTooLargeError(
-                f"expected a request of at most {self._limits.request_bytes} bytes, got more"
-            )
         self._parser.write(chunk)
 
     def finish(self) -> Form:
@@ -161,6 +127,8 @@ class _FormReader:
         # Not by the file name: a client library may leave it out, and what it says is not to be
         # trusted.
         self._is_file = self._name in FILE_FIELDS
+        # So a browser sends a file input that was left blank.
+        self._is_blank = options.get(b"filename") == b""
         if not self._is_file and b"filename" in options:
             raise ValidationError(
                 f"expected files in the fields {', '.join(FILE_FIELDS)}, got one in {self._name!r}",
@@ -181,12 +149,16 @@ class _FormReader:
         self._part += memoryview(data)[start:end]
 
     def _end_part(self) -> None:
+        if self._is_file and self._is_blank and not self._part:
+            return
         if self._is_file:
             self._form.files.setdefault(self._name, []).append(bytes(self._part))
             self._part = bytearray()
             return
         if self._name in self._form.fields:
             raise ValidationError(f"expected {self._name!r} once, got it again", f"/{self._name}")
+        if len(self._form.fields) >= _FIELDS:
+            raise ValidationError(f"expected at most {_FIELDS} fields, got more", "/")
         try:
             self._form.fields[self._name] = self._part.decode("utf-8")
         except UnicodeDecodeError as error:

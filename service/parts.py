@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import numpy as np
 from fastapi import Depends, Request
 
-from index.gallery import Gallery
-from service.errors import DeadlineExceededError, OverloadedError
-from service.multipart import Form, read_form
+from index.gallery import Gallery, InvalidEmbeddingError
+from service.errors import DeadlineExceededError, OverloadedError, ValidationError
+from service.multipart import FILE_FIELDS, Form, read_form
 from service.schemas import FrameCounts
 from service.settings import Settings
 from service.strips import film_strip
@@ -60,6 +61,7 @@ class Parts:
         worker: Batches the embedder's work.
         decoders: Threads that decode uploads.
         uploads: Bounds uploads in memory.
+        patching: Held from reading a record to writing its change, so that none is lost.
     """
 
     embedder: Embedder
@@ -68,6 +70,7 @@ class Parts:
     worker: EmbeddingWorker
     decoders: ThreadPoolExecutor
     uploads: UploadSlots
+    patching: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(slots=True)
@@ -130,6 +133,22 @@ async def receive(request: Request, parts: Parts) -> Upload:
     return Upload(form.fields, tracklet, content, timing)
 
 
+async def receive_bare(request: Request, parts: Parts) -> Upload:
+    """Read and decode a tracklet that comes without further fields.
+
+    Raises:
+        ServiceError: Likewise, or there are fields: they would be ignored.
+    """
+    upload = await receive(request, parts)
+    for name, value in upload.fields.items():
+        if value:  # an HTML form sends the fields that were left blank as well
+            raise ValidationError(
+                f"expected {', '.join(FILE_FIELDS)} alone in the form, got a field {name!r}",
+                f"/{name}",
+            )
+    return upload
+
+
 def _decode_form(form: Form, parts: Parts) -> tuple[DecodedTracklet, str]:
     settings = parts.settings
     kind, files = unpack(form.files, settings.limits)
@@ -146,6 +165,7 @@ async def embed(parts: Parts, upload: Upload, *, with_attention: bool = False) -
         OverloadedError: The queue is full.
         DeadlineExceededError: It took longer than the deadline.
         WorkerUnavailableError: The worker is gone, or failed at it.
+        InvalidEmbeddingError: What it made is not finite; JSON would carry it as null.
     """
     deadline_s = parts.settings.queue.deadline_s
     future = parts.worker.submit(
@@ -157,6 +177,8 @@ async def embed(parts: Parts, upload: Upload, *, with_attention: bool = False) -
         raise DeadlineExceededError(
             f"expected an embedding within {deadline_s:g} s, the service took longer"
         ) from error
+    if not np.isfinite(embedded.result.embedding).all():
+        raise InvalidEmbeddingError("expected a finite embedding, got NaN or infinity")
     upload.timing.queue = embedded.queue_s * 1000
     upload.timing.embed = embedded.embed_s * 1000
     return embedded

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -9,6 +10,7 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -34,29 +36,51 @@ RECORD_EXAMPLE: dict[str, Any] = {
 }
 
 
+_DATE_AND_TIME = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:.*")
+
+
+def _check_is_text(value: Any) -> Any:
+    """Refuse numbers, which pydantic would read as seconds since 1970: ``since=2026`` is not."""
+    if not isinstance(value, str) or not _DATE_AND_TIME.fullmatch(value):
+        raise ValueError("expected a time with an offset, like 2026-11-22T12:00:00Z")
+    return value
+
+
 def _to_utc(value: datetime) -> datetime:
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("expected a time in the years 1 to 9999 UTC, got another") from error
 
 
-Time = Annotated[AwareDatetime, AfterValidator(_to_utc)]
-
-
+Time = Annotated[AwareDatetime, BeforeValidator(_check_is_text), AfterValidator(_to_utc)]
 MAX_DEPTH = 32
 
 
-def _check_json(value: Any, depth: int = 0) -> Any:
-    """Refuse what could not be answered as JSON again, or only by a deep recursion."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    _check_json(value, depth=0)
+    return value
+
+
+def _check_json(value: Any, depth: int) -> None:
+    """Refuse what could not be answered as JSON in UTF-8 again, or only by a deep recursion."""
     if depth > MAX_DEPTH:
         raise ValueError(f"expected at most {MAX_DEPTH} levels, got more")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("expected finite numbers, got NaN or infinity")
-    if isinstance(value, (dict, list)):
-        for child in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, str) and _SURROGATE.search(value):
+        raise ValueError("expected Unicode text, got half of a surrogate pair")
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for child in value:
             _check_json(child, depth + 1)
-    return value
 
 
-Metadata = Annotated[dict[str, Any], AfterValidator(_check_json)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -234,6 +258,10 @@ class ListParameters(Body):
             since=self.since,
             until=self.until,
         )
+
+
+class NoParameters(Body):
+    """For routes without any: one that would be ignored is a mistake, and refused."""
 
 
 class QueryParameters(Body):

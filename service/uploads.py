@@ -20,6 +20,7 @@ from model.frames import Clip, Preprocessing, Sampling, choose_frames, prepare_f
 from service.errors import (
     NoUsableFramesError,
     PayloadTooLargeError,
+    ServiceError,
     TooManyFramesError,
     UndecodableFrameError,
     UnsupportedMediaError,
@@ -27,13 +28,14 @@ from service.errors import (
 )
 from service.multipart import FILE_FIELDS
 from service.settings import LimitSettings
-from service.video import read_video
+from service.video import Pixels, read_video
 
-# Pillow's names; MPO is a JPEG with a second picture behind it, as some cameras write.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+# Pillow's names. Its JPEG opener also answers MPO, a JPEG with a second picture behind it, as some
+# cameras write; MPO itself is no opener, and naming it here fails for every format after it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _EXPECTED_IMAGE = "expected a JPEG, PNG, WebP or BMP image"
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_END_OF_DIRECTORY = b"PK\x05\x06"
+_DIRECTORY_ENTRY = b"PK\x01\x02"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +140,12 @@ def _decode_video(content: bytes, choice: FrameChoice, limits: LimitSettings) ->
     def choose(received: int) -> list[int]:
         return choose_frames(received, choice.used, choice.sampling)
 
-    received, frames = read_video(content, choose, limits)
-    clip = [
-        prepare_frame(Image.fromarray(pixels), choice.preprocessing)
-        for _, pixels in sorted(frames.items())
-    ]
-    return DecodedTracklet(np.stack(clip), tuple(sorted(frames)), received)
+    def prepare(pixels: Pixels) -> Clip:
+        return prepare_frame(Image.fromarray(pixels), choice.preprocessing)
+
+    received, frames = read_video(content, choose, prepare, limits)
+    positions = tuple(sorted(frames))
+    return DecodedTracklet(np.stack([frames[at] for at in positions]), positions, received)
 
 
 def _decode_image(
@@ -255,11 +257,14 @@ def _unpack_archive(content: bytes, limits: LimitSettings) -> list[bytes]:
     _check_member_count(content, limits)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            _check_names(archive.infolist())
             members = [member for member in archive.infolist() if _is_frame(member)]
             _check_members(members, limits)
             members.sort(key=lambda member: natural_key(member.filename))
             return _read_members(archive, members, limits)
-    except (zipfile.BadZipFile, EOFError, struct.error, UnicodeDecodeError, ValueError) as error:
+    except ServiceError:
+        raise
+    except Exception as error:  # zipfile and zlib raise whatever a damaged directory leads to
         if content.startswith(b"PK"):
             raise UndecodableFrameError(
                 "expected a zip, got one that is cut off or damaged"
@@ -269,13 +274,21 @@ def _unpack_archive(content: bytes, limits: LimitSettings) -> list[bytes]:
 
 def _check_member_count(content: bytes, limits: LimitSettings) -> None:
     """Refuse a long directory before it is read: it may take a hundred times the zip's memory."""
-    end = content.rfind(_END_OF_DIRECTORY)
-    if end < 0 or len(content) < end + 12:
-        return
-    members = int.from_bytes(content[end + 10 : end + 12], "little")
+    # Not the number that the end record gives: it may lie, and zipfile does not believe it either.
+    members = content.count(_DIRECTORY_ENTRY)
     # Folders and a Mac's shadow files may come on top of the frames.
     if members > 4 * limits.frames:
         raise TooManyFramesError(f"expected at most {limits.frames} frames, got {members} members")
+
+
+def _check_names(members: Sequence[zipfile.ZipInfo]) -> None:
+    for position, member in enumerate(members):
+        name = member.filename.replace("\\", "/")
+        if name.startswith("/") or ".." in name.split("/") or name[1:2] == ":":
+            raise ValidationError(
+                f"archive member {position}: expected a name inside the zip, got one outside it",
+                f"/archive/{position}",
+            )
 
 
 def _is_frame(member: zipfile.ZipInfo) -> bool:
@@ -289,12 +302,6 @@ def _check_members(members: list[zipfile.ZipInfo], limits: LimitSettings) -> Non
     if len(members) > limits.frames:
         raise TooManyFramesError(f"expected at most {limits.frames} frames, got {len(members)}")
     for position, member in enumerate(members):
-        name = member.filename.replace("\\", "/")
-        if name.startswith("/") or ".." in name.split("/") or name[1:2] == ":":
-            raise ValidationError(
-                f"archive member {position}: expected a name inside the zip, got one outside it",
-                f"/archive/{position}",
-            )
         if member.flag_bits & 0x1:
             raise UnsupportedMediaError("expected a zip without a password, got an encrypted one")
         if member.compress_type not in _COMPRESSIONS:

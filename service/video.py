@@ -31,17 +31,22 @@ _SLACK_S = 0.5
 
 
 def read_video(
-    content: bytes, choose: Callable[[int], Sequence[int]], limits: LimitSettings
+    content: bytes,
+    choose: Callable[[int], Sequence[int]],
+    prepare: Callable[[Pixels], Pixels],
+    limits: LimitSettings,
 ) -> tuple[int, dict[int, Pixels]]:
-    """Count the frames of a video, choose among them, and convert only the chosen ones.
+    """Count the frames of a video, choose among them, and prepare only the chosen ones.
 
     Args:
         content: The file.
         choose: From how many frames there are to which are wanted.
+        prepare: Makes a frame, (H, W, 3) uint8 RGB, small. It is called as each one comes: to
+            hold them all at full size would take gigabytes.
         limits: How many frames, and of which size.
 
     Returns:
-        How many frames the video has, and (H, W, 3) uint8 RGB by frame index.
+        How many frames the video has, and the prepared ones by frame index.
 
     Raises:
         UnsupportedMediaError: No video container can be made of it.
@@ -56,7 +61,7 @@ def read_video(
     # A packet is a frame but in a few codecs (fields, hidden frames): then the second round knows
     # better.
     for _ in range(2):
-        received, frames = _decode(content, frozenset(choose(expected)), limits)
+        received, frames = _decode(content, frozenset(choose(expected)), prepare, limits)
         if received == expected:
             return received, frames
         if received == 0:
@@ -133,7 +138,10 @@ def _check_size(width: int, height: int, limits: LimitSettings) -> None:
 
 
 def _decode(
-    content: bytes, wanted: frozenset[int], limits: LimitSettings
+    content: bytes,
+    wanted: frozenset[int],
+    prepare: Callable[[Pixels], Pixels],
+    limits: LimitSettings,
 ) -> tuple[int, dict[int, Pixels]]:
     frames: dict[int, Pixels] = {}
     received = 0
@@ -146,7 +154,7 @@ def _decode(
                         f"frame {received}: expected a whole frame, got a damaged one"
                     )
                 if received in wanted:
-                    frames[received] = _upright(frame)
+                    frames[received] = prepare(_upright(frame))
                 received += 1
                 if received > limits.frames:
                     raise TooManyFramesError(f"expected at most {limits.frames} frames, got more")

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from model.embedder import TrackletEmbedding
 from model.frames import Clip, Preprocessing
 from service.errors import DeadlineExceededError, OverloadedError, WorkerUnavailableError
+from service.logs import request_id
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class _Job:
     with_attention: bool
     deadline: float
     submitted: float
+    request_id: str | None
     future: "Future[Embedded]" = field(default_factory=Future)
 
 
@@ -116,13 +118,20 @@ class EmbeddingWorker:
         """
         if self._closing or not self._thread.is_alive():
             raise WorkerUnavailableError("the embedding worker is not running")
-        waiting = len(self._jobs)
+        waiting = self._count_waiting()
         if waiting >= self._max_tracklets:
             wait_s = math.ceil(waiting * self._seconds_per_tracklet)
             raise OverloadedError(
                 f"expected fewer than {self._max_tracklets} tracklets waiting, got {waiting}",
                 retry_after_s=min(max(wait_s, 1), 60),
             )
+
+    def _count_waiting(self) -> int:
+        """How many wait, after those that were cancelled have left."""
+        with self._changed:
+            if any(job.future.cancelled() for job in self._jobs):
+                self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
+            return len(self._jobs)
 
     def submit(
         self, clip: Clip, *, deadline_s: float, with_attention: bool = False
@@ -144,7 +153,7 @@ class EmbeddingWorker:
         with self._changed:
             self.refuse_when_full()
             now = time.monotonic()
-            job = _Job(clip, with_attention, now + deadline_s, now)
+            job = _Job(clip, with_attention, now + deadline_s, now, request_id.get())
             self._jobs.append(job)
             self._changed.notify()
         return job.future
@@ -159,6 +168,7 @@ class EmbeddingWorker:
         self._fail_waiting()
 
     def _run(self) -> None:
+        batch: list[_Job] = []
         try:
             self._embedder.warm_up()
             self._warm = True
@@ -169,6 +179,7 @@ class EmbeddingWorker:
             raise
         finally:
             self._warm = False
+            _fail(job for job in batch if not job.future.done())
             self._fail_waiting()
 
     def _next_batch(self) -> list[_Job]:
@@ -210,12 +221,16 @@ class EmbeddingWorker:
                 [job.clip for job in batch],
                 with_attention=any(job.with_attention for job in batch),
             )
+            if len(results) != len(batch):
+                raise ValueError(f"expected {len(batch)} embeddings, got {len(results)}")
         except Exception as error:
             if len(batch) > 1:  # one bad tracklet must not take the others with it
                 for job in batch:
                     self._embed([job])
                 return
-            log.exception("a tracklet could not be embedded")
+            log.exception(
+                "a tracklet could not be embedded", extra={"request_id": batch[0].request_id}
+            )
             failure = WorkerUnavailableError("the tracklet could not be embedded; the log says why")
             failure.__cause__ = error
             batch[0].future.set_exception(failure)
@@ -228,6 +243,9 @@ class EmbeddingWorker:
     def _fail_waiting(self) -> None:
         with self._changed:
             jobs, self._jobs = list(self._jobs), deque()
-        for job in jobs:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(WorkerUnavailableError("the embedding worker has stopped"))
+        _fail(job for job in jobs if job.future.set_running_or_notify_cancel())
+
+
+def _fail(jobs: Iterable[_Job]) -> None:
+    for job in jobs:
+        job.future.set_exception(WorkerUnavailableError("the embedding worker has stopped"))

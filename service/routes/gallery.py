@@ -18,6 +18,7 @@ from service.schemas import (
     ID_PATTERN,
     EnrolFields,
     ListParameters,
+    NoParameters,
     PageBody,
     PatchBody,
     RecordBody,
@@ -38,7 +39,12 @@ TrackletId = Annotated[str, Path(pattern=ID_PATTERN)]
         **problem_responses(400, 401, 409, 413, 415, 422, 429, 503, 504, 507),
     },
 )
-async def enrol(request: Request, response: Response, parts: PartsDep) -> RecordBody:
+async def enrol(
+    request: Request,
+    response: Response,
+    parts: PartsDep,
+    _: Annotated[NoParameters, Query()],
+) -> RecordBody:
     """Enrol a tracklet; it is stored and searchable when this answers."""
     upload = await receive(request, parts)
     fields = _read_fields(upload.fields)
@@ -166,13 +172,14 @@ def get_strip(parts: PartsDep, tracklet_id: TrackletId) -> Response:
 )
 def patch_tracklet(parts: PartsDep, tracklet_id: TrackletId, patch: PatchBody) -> RecordBody:
     """Change identity, camera, times or metadata of a stored tracklet; null removes."""
-    record = parts.gallery.get(tracklet_id)
-    try:
-        changes = patch.changes(record)
-    except ValueError as error:
-        raise ValidationError(str(error), "/body") from error
-    check_metadata(changes.get("metadata", {}), parts)
-    return RecordBody.of(parts.gallery.update(tracklet_id, changes))
+    with parts.patching:
+        record = parts.gallery.get(tracklet_id)
+        try:
+            changes = patch.changes(record)
+        except ValueError as error:
+            raise ValidationError(str(error), "/body") from error
+        check_metadata(changes.get("metadata", {}), parts)
+        return RecordBody.of(parts.gallery.update(tracklet_id, changes))
 
 
 @router.delete(

@@ -8,11 +8,12 @@ from starlette.concurrency import run_in_threadpool
 
 from index.ranking import decide
 from model.embedder import TrackletEmbedding
-from service.parts import PartsDep, Upload, embed, frame_counts, receive
+from service.parts import PartsDep, Upload, embed, frame_counts, receive_bare
 from service.schemas import (
     AttentionBody,
     EmbedBody,
     MatchBody,
+    NoParameters,
     QueryBody,
     QueryParameters,
     RecordBody,
@@ -34,7 +35,7 @@ async def query(
     request: Request, parts: PartsDep, parameters: Annotated[QueryParameters, Query()]
 ) -> QueryBody:
     """Find the identities of the gallery that look most like the person in the tracklet."""
-    upload = await receive(request, parts)
+    upload = await receive_bare(request, parts)
     embedded = await embed(parts, upload, with_attention=parameters.explain)
 
     started = time.perf_counter()
@@ -85,9 +86,11 @@ def _attention(upload: Upload, result: TrackletEmbedding) -> list[AttentionBody]
     openapi_extra=upload_body(),
     responses=problem_responses(400, 401, 413, 415, 422, 429, 503, 504),
 )
-async def embed_tracklet(request: Request, parts: PartsDep) -> EmbedBody:
+async def embed_tracklet(
+    request: Request, parts: PartsDep, _: Annotated[NoParameters, Query()]
+) -> EmbedBody:
     """Embed a tracklet without storing it."""
-    upload = await receive(request, parts)
+    upload = await receive_bare(request, parts)
     embedded = await embed(parts, upload)
     return EmbedBody(
         embedding=embedded.result.embedding.tolist(),

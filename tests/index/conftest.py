@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 
@@ -27,6 +28,12 @@ def make_enrolment(
     }
     record = TrackletRecord(tracklet_id=tracklet_id, **(known | fields))
     return Enrolment(record, np.array(vector, dtype=np.float32), strip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Indexes of this size are done before FAISS's threads have met, above all on a busy machine."""
+    faiss.omp_set_num_threads(1)
 
 
 @pytest.fixture

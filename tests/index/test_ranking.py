@@ -21,6 +21,7 @@ class FakeSource:
     vectors: Embeddings
     group_of: Rows
     noise: int = 0
+    bound: float | None = None
     exhaustive: bool = True
     fetched: int = 0
     rounds: list[int] = field(default_factory=list)
@@ -31,7 +32,7 @@ class FakeSource:
 
     @property
     def error(self) -> float | None:
-        return summation_error(self.vectors.shape[1])
+        return self.bound or summation_error(self.vectors.shape[1])
 
     def nearest(self, count: int, without: Rows) -> tuple[Rows, NDArray[np.float32]]:
         self.rounds.append(count)
@@ -117,6 +118,15 @@ def test_an_identity_with_very_many_tracklets_does_not_hide_the_others() -> None
     assert found == slow_rank(source, 10)
     assert source.rounds == [64, 512]
     assert source.fetched < 100
+
+
+def test_distances_that_are_equal_only_in_float32_rank_by_tracklet_id() -> None:
+    """Also for a source whose own distances are good enough to tell them apart."""
+    eps = float(np.finfo(np.float32).eps)
+    vectors = np.array([[1, (2.9 * eps) ** 0.5], [1, (1.1 * eps) ** 0.5]], dtype=np.float32)
+    source = FakeSource(np.zeros(2, np.float32), vectors, np.arange(2), bound=eps / 2)
+
+    assert ranked(source, 1, 2) == slow_rank(source, 1) == [(1 + eps, tracklet_id(0))]
 
 
 def test_only_contenders_are_fetched() -> None:

@@ -1,0 +1,156 @@
+"""What happens around every request: id, key, bound on the body."""
+
+import asyncio
+import logging
+
+import pytest
+from starlette.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
+
+from service.middleware import DrainMiddleware
+from service.settings import LimitSettings
+from tests.service.conftest import Start, assert_problem, enrol
+from tests.service.making import FORM_TYPE, GOOD, form, picture
+
+
+@pytest.mark.parametrize("path", ["/livez", "/gallery", "/nowhere", "/gallery/unknown"])
+def test_the_callers_request_id_comes_back(client: TestClient, path: str) -> None:
+    answer = client.get(path, headers={"X-Request-ID": "trace:1.a-B_2"})
+
+    assert answer.headers["x-request-id"] == "trace:1.a-B_2"
+
+
+def test_each_request_without_an_id_gets_its_own(client: TestClient) -> None:
+    ids = {client.get("/livez").headers["x-request-id"] for _ in range(3)}
+
+    assert len(ids) == 3
+    assert all(ids)
+
+
+@pytest.mark.parametrize("hostile", ["", "a b", "x" * 129, "<script>", 'a"b', "a\tb", "ä", "a,b"])
+def test_a_hostile_request_id_is_replaced(client: TestClient, hostile: str) -> None:
+    answer = client.get("/nowhere", headers={"X-Request-ID": hostile.encode("latin-1")})
+
+    assert answer.headers["x-request-id"] not in ("", hostile)
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+KEYS = ("first-key", "second-key")
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer x"},
+                                     {"Authorization": "Basic first-key"}, {"X-API-Key": ""},
+                                     {"Authorization": "Bearer"}, {"X-API-Key": "first-key,"}])  # fmt: skip
+@pytest.mark.parametrize("path", ["/gallery", "/info", "/docs", "/openapi.json", "/", "/nowhere"])
+def test_without_a_key_nothing_is_open(start: Start, path: str, headers: dict[str, str]) -> None:
+    answer = start(api_keys=KEYS).get(path, headers=headers)
+
+    assert_problem(answer, 401, "unauthenticated")
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_without_a_key_nothing_is_stored(start: Start) -> None:
+    client = start(api_keys=KEYS)
+
+    answer = client.post("/gallery", files=GOOD)
+
+    assert_problem(answer, 401, "unauthenticated")
+    items = client.get("/gallery", headers={"X-API-Key": KEYS[0]}).json()["items"]
+    assert items == []
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("header", ["X-API-Key: {}", "Authorization: Bearer {}",
+                                    "authorization: bearer {}"])  # fmt: skip
+def test_each_key_opens_by_either_header(start: Start, key: str, header: str) -> None:
+    name, _, value = header.format(key).partition(": ")
+
+    assert start(api_keys=KEYS).get("/gallery", headers={name: value}).status_code == 200
+
+
+def test_the_probes_are_open(start: Start) -> None:
+    client = start(api_keys=KEYS)
+
+    assert client.get("/livez").status_code == 200
+    assert client.get("/readyz").status_code in (200, 503)
+
+
+@pytest.mark.parametrize("path", ["/livez/", "//livez", "/livez/../gallery", "/readyz%2f..%2finfo"])
+def test_no_path_sneaks_past_the_key(start: Start, path: str) -> None:
+    answer = start(api_keys=KEYS).get(path, follow_redirects=False)
+
+    assert answer.status_code == 401
+
+
+def test_keys_never_reach_the_log(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    client = start(api_keys=KEYS)
+
+    client.get("/gallery", headers={"X-API-Key": KEYS[0]})
+    client.get("/gallery", headers={"X-API-Key": "wrong-key"})
+
+    # The test's own client logs too, but nothing of headers.
+    assert caplog.records
+    assert not any(key in caplog.text for key in (*KEYS, "wrong-key"))
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x", "a/b"])
+def test_a_body_over_the_limit_is_refused_whatever_it_calls_itself(start: Start, kind: str) -> None:
+    """A patch that calls itself multipart is no way around the bound."""
+    client = start(limits=LimitSettings(request_bytes=300_000))
+    enrol(client, tracklet_id="t")
+    body = b'{"identity": "' + b"x" * 400_000 + b'"}'
+
+    announced = client.patch("/gallery/t", content=body, headers={"Content-Type": kind})
+    chunked = client.patch("/gallery/t", content=iter([body]), headers={"Content-Type": kind})
+
+    assert_problem(announced, 413, "payload-too-large")
+    assert_problem(chunked, 413, "payload-too-large")
+
+
+def drained(headers: list[tuple[bytes, bytes]], messages: list[Message]) -> int:
+    """How many messages are left when an app that reads nothing has answered."""
+    left = list(messages)
+
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> Message:
+        return left.pop(0)
+
+    async def send(_: Message) -> None:
+        pass
+
+    scope = {"type": "http", "headers": headers}
+    asyncio.run(DrainMiddleware(app, limit_bytes=250)(scope, receive, send))
+    return len(left)
+
+
+PIECES: list[Message] = [
+    {"type": "http.request", "body": bytes(100), "more_body": number < 5} for number in range(6)
+]
+
+
+@pytest.mark.parametrize(
+    ("headers", "messages", "expected"),
+    [
+        ([(b"content-length", b"200")], PIECES[-2:], 0),
+        ([(b"transfer-encoding", b"chunked")], PIECES[-2:], 0),
+        ([(b"content-length", b"600")], PIECES, 3),  # no more than its limit
+        ([(b"content-length", b"600")], [PIECES[0], {"type": "http.disconnect"}, PIECES[1]], 1),
+        ([(b"content-length", b"200"), (b"expect", b"100-continue")], PIECES[-2:], 2),
+        ([], PIECES[-2:], 2),
+    ],
+    ids=["announced", "chunked", "long", "gone", "asks-first", "no-body"],
+)
+def test_what_is_still_being_sent_is_taken_before_the_answer(
+    headers: list[tuple[bytes, bytes]], messages: list[Message], expected: int
+) -> None:
+    assert drained(headers, messages) == expected
+
+
+def test_an_upload_to_a_route_that_is_not_there_is_answered(client: TestClient) -> None:
+    body = form([("frames", "0.jpg", picture())])
+
+    assert_problem(client.post("/nowhere", content=body, headers=FORM_TYPE), 404, "not-found")

@@ -1,0 +1,313 @@
+"""The embedding worker: batches, bounds, deadlines, failures and the end."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from model.frames import Clip
+from service.errors import DeadlineExceededError, OverloadedError, WorkerUnavailableError
+from service.settings import BatchSettings, LimitSettings, QueueSettings
+from service.worker import Embedded, EmbeddingWorker
+from tests.service.conftest import FakeEmbedder, Start, assert_problem, enrol
+from tests.service.making import BLUE, GOOD, GREEN, RED, clip_of, mean_colours
+
+WAIT_S = 20.0
+
+
+def clip(frames: int = 3, level: int = 0) -> Clip:
+    return np.full((frames, 64, 32, 3), level, dtype=np.uint8)
+
+
+@pytest.fixture
+def worker(embedder: FakeEmbedder) -> Iterator[EmbeddingWorker]:
+    """A running worker: batches of 10 frames, a queue of 4."""
+    made = EmbeddingWorker(embedder, max_frames=10, max_delay_s=0, max_tracklets=4)
+    made.start()
+    yield made
+    embedder.gate.set()
+    made.close(WAIT_S)
+
+
+def occupy(worker: EmbeddingWorker, embedder: FakeEmbedder) -> "Future[Embedded]":
+    """Have the worker wait at the gate with a tracklet in its hands."""
+    embedder.gate.clear()
+    embedder.entered.clear()
+    future = worker.submit(clip(), deadline_s=WAIT_S)
+    assert embedder.entered.wait(WAIT_S)
+    return future
+
+
+def test_what_waits_together_is_embedded_together(
+    worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    occupy(worker, embedder)
+    waiting = [worker.submit(clip(3, level), deadline_s=WAIT_S) for level in (10, 20, 30)]
+    embedder.gate.set()
+
+    results = [future.result(WAIT_S).result.embedding for future in waiting]
+
+    assert embedder.batches == [[3], [3, 3, 3]]
+    for level, embedding in zip((10, 20, 30), results, strict=True):
+        assert np.array_equal(embedding, mean_colours(clip(3, level)))
+
+
+def test_a_batch_is_capped_by_its_frames(worker: EmbeddingWorker, embedder: FakeEmbedder) -> None:
+    occupy(worker, embedder)
+    waiting = [worker.submit(clip(frames), deadline_s=WAIT_S) for frames in (6, 4, 5, 15)]
+    embedder.gate.set()
+
+    for future in waiting:
+        future.result(WAIT_S)
+
+    assert embedder.batches == [[3], [6, 4], [5], [15]]
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(
+    worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    occupy(worker, embedder)
+    for _ in range(4):
+        worker.submit(clip(), deadline_s=WAIT_S)
+
+    with pytest.raises(OverloadedError) as refused:
+        worker.submit(clip(), deadline_s=WAIT_S)
+
+    assert 1 <= (refused.value.retry_after_s or 0) <= 60
+
+
+def test_who_is_cancelled_makes_room(worker: EmbeddingWorker, embedder: FakeEmbedder) -> None:
+    """Even while the worker is busy: those who gave up must not keep others out."""
+    occupy(worker, embedder)
+    waiting = [worker.submit(clip(4 + number), deadline_s=WAIT_S) for number in range(4)]
+    assert all(future.cancel() for future in waiting[:3])
+
+    worker.refuse_when_full()
+    last = worker.submit(clip(2), deadline_s=WAIT_S)
+    embedder.gate.set()
+    last.result(WAIT_S)
+
+    assert embedder.batches == [[3], [7, 2]]
+
+
+def test_who_waited_too_long_is_not_embedded(
+    worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    occupy(worker, embedder)
+    late = worker.submit(clip(5), deadline_s=0)
+    good = worker.submit(clip(2), deadline_s=WAIT_S)
+    embedder.gate.set()
+
+    with pytest.raises(DeadlineExceededError):
+        late.result(WAIT_S)
+    good.result(WAIT_S)
+
+    assert embedder.batches == [[3], [2]]
+
+
+def test_one_bad_tracklet_fails_alone(worker: EmbeddingWorker, embedder: FakeEmbedder) -> None:
+    def refuse(one: Clip) -> None:
+        if one.max() == 66:
+            raise RuntimeError("CUDA says no")
+
+    embedder.refuse = refuse
+    occupy(worker, embedder)
+    waiting = [worker.submit(clip(2, level), deadline_s=WAIT_S) for level in (65, 66, 67)]
+    embedder.gate.set()
+
+    with pytest.raises(WorkerUnavailableError):
+        waiting[1].result(WAIT_S)
+    for place, level in ((0, 65), (2, 67)):
+        embedding = waiting[place].result(WAIT_S).result.embedding
+        assert np.array_equal(embedding, mean_colours(clip(2, level)))
+
+
+def test_a_wrong_number_of_answers_is_nobodys_embedding(
+    worker: EmbeddingWorker, embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedder, "embed", lambda *_, **__: [])
+
+    with pytest.raises(WorkerUnavailableError):
+        worker.submit(clip(), deadline_s=WAIT_S).result(WAIT_S)
+    worker.refuse_when_full()  # it still works
+
+
+def test_attention_is_made_for_those_who_asked(worker: EmbeddingWorker) -> None:
+    asked = worker.submit(clip(), deadline_s=WAIT_S, with_attention=True).result(WAIT_S)
+    other = worker.submit(clip(), deadline_s=WAIT_S).result(WAIT_S)
+
+    assert asked.result.attention is not None
+    assert other.result.attention is None
+
+
+def test_what_is_queued_is_finished_before_the_end(
+    worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    waiting = [occupy(worker, embedder), *(worker.submit(clip(9), deadline_s=WAIT_S) for _ in "ab")]
+    ending = threading.Thread(target=worker.close, args=(WAIT_S,))
+    ending.start()
+    embedder.gate.set()
+    ending.join(WAIT_S)
+
+    assert all(future.done() for future in waiting)
+    assert [future.exception() for future in waiting] == [None] * 3
+    with pytest.raises(WorkerUnavailableError):
+        worker.submit(clip(), deadline_s=WAIT_S)
+
+
+def test_what_cannot_be_finished_in_time_fails(
+    worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    occupy(worker, embedder)
+    waiting = worker.submit(clip(9), deadline_s=WAIT_S)
+
+    worker.close(0)
+
+    with pytest.raises(WorkerUnavailableError):
+        waiting.result(WAIT_S)
+
+
+def test_closing_twice_or_before_the_start_does_nothing(embedder: FakeEmbedder) -> None:
+    made = EmbeddingWorker(embedder, max_frames=1, max_delay_s=0, max_tracklets=1)
+
+    made.close(0)
+    made.close(0)
+
+    with pytest.raises(WorkerUnavailableError):
+        made.submit(clip(), deadline_s=1)
+
+
+def test_whoever_was_being_embedded_hears_of_the_workers_death(
+    worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    def die(_: Clip) -> None:
+        raise SystemExit
+
+    embedder.refuse = die
+    futures = [occupy(worker, embedder), worker.submit(clip(), deadline_s=WAIT_S)]
+    embedder.gate.set()
+
+    for future in futures:
+        with pytest.raises(WorkerUnavailableError):
+            future.result(WAIT_S)
+    with pytest.raises(WorkerUnavailableError):
+        worker.check()
+
+
+def in_background(client: TestClient, pool: ThreadPoolExecutor, path: str, **given: Any) -> Any:
+    """A request of which the answer is asked for later."""
+    return pool.submit(client.post, path, **{"files": GOOD, **given})
+
+
+def test_requests_at_once_share_a_forward_pass(start: Start, embedder: FakeEmbedder) -> None:
+    client = start(batch=BatchSettings(max_delay_ms=1000, max_frames=9))
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [
+            in_background(client, pool, "/embed", files=clip_of(colour, colour, colour))
+            for colour in (RED, GREEN, BLUE)
+        ]
+        answers = [one.result() for one in waiting]
+
+    strongest = [int(np.argmax(answer.json()["embedding"][:3])) for answer in answers]
+    assert embedder.batches == [[3, 3, 3]]
+    assert strongest == [0, 1, 2]
+
+
+def fill(client: TestClient, embedder: FakeEmbedder, pool: ThreadPoolExecutor, path: str) -> Any:
+    """One request in the worker's hands."""
+    embedder.gate.clear()
+    embedder.entered.clear()
+    running = in_background(client, pool, path)
+    assert embedder.entered.wait(WAIT_S)
+    return running
+
+
+@pytest.mark.parametrize("path", ["/gallery", "/query", "/embed"])
+def test_a_full_service_answers_429_and_then_recovers(
+    start: Start, embedder: FakeEmbedder, path: str
+) -> None:
+    client = start(queue=QueueSettings(max_tracklets=1), limits=LimitSettings(uploads=64))
+    worker = client.app.state.parts.worker  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(1) as pool:
+        running = fill(client, embedder, pool, path)
+        worker.submit(clip(), deadline_s=WAIT_S)
+
+        refused: httpx2.Response = client.post(path, files=GOOD)
+        probe = client.get("/readyz")
+        embedder.gate.set()
+        assert running.result().is_success
+
+    assert_problem(refused, 429, "overloaded")
+    assert refused.headers["retry-after"].isdigit()
+    assert probe.status_code == 200  # busy is not broken
+    assert client.post("/query", files=GOOD).status_code == 200
+
+
+def test_a_request_that_waits_too_long_is_answered_504(
+    start: Start, embedder: FakeEmbedder
+) -> None:
+    client = start(queue=QueueSettings(deadline_s=0.05))
+    embedder.gate.clear()
+
+    answer = client.post("/gallery", files=GOOD)
+    embedder.gate.set()
+
+    assert_problem(answer, 504, "deadline-exceeded")
+    assert client.get("/gallery").json()["items"] == []
+
+
+def test_who_gave_up_makes_room_for_others(start: Start, embedder: FakeEmbedder) -> None:
+    """The queue is of one place, and who held it ran into its deadline."""
+    client = start(queue=QueueSettings(max_tracklets=1, deadline_s=0.05))
+    embedder.gate.clear()
+
+    statuses = [client.post("/embed", files=GOOD).status_code for _ in range(4)]
+    embedder.gate.set()
+
+    assert statuses == [504] * 4
+
+
+def test_a_failing_tracklet_does_not_fail_its_neighbours(
+    start: Start, embedder: FakeEmbedder
+) -> None:
+    def refuse(one: Clip) -> None:
+        if one[..., 2].mean() > 150:  # the blue one
+            raise RuntimeError("no")
+
+    embedder.refuse = refuse
+    client = start(batch=BatchSettings(max_delay_ms=1000, max_frames=9))
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [
+            in_background(client, pool, "/gallery", files=clip_of(colour, colour, colour))
+            for colour in (RED, GREEN, BLUE)
+        ]
+        answers = [one.result() for one in waiting]
+
+    assert [answer.status_code for answer in answers] == [201, 201, 503]
+    assert embedder.batches[0] == [3, 3, 3]
+    assert_problem(answers[2], 503, "worker-unavailable")
+    assert len(client.get("/gallery").json()["items"]) == 2
+
+
+def test_the_end_of_the_service_waits_for_the_worker_and_closes_the_gallery(
+    embedder: FakeEmbedder, start: Start
+) -> None:
+    client = start()
+    enrol(client)
+    parts = client.app.state.parts  # type: ignore[attr-defined]
+    embedder.gate.clear()
+    embedder.entered.clear()
+    waiting = parts.worker.submit(clip(), deadline_s=WAIT_S)
+    assert embedder.entered.wait(WAIT_S)
+
+    threading.Timer(0.1, embedder.gate.set).start()
+    client.__exit__(None, None, None)
+
+    assert waiting.exception(0) is None
+    with pytest.raises(Exception, match="closed"):
+        parts.gallery.check()
