@@ -114,7 +114,7 @@ def choose_default() -> str:
 def compiled(
     network: TrackletNet, prepared: Callable[[Clip], Tensor], *, emulated: bool
 ) -> Iterator[tuple[str, Run]]:
-    """torch.compile with frozen weights; needs a C++ compiler at run time, which the image lacks."""
+    """torch.compile with frozen weights; needs a C++ compiler at run time."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True

@@ -67,7 +67,8 @@ def throughput(
         served.append(len(clips) / served_seconds(address, uploads, clients))
     ratio = statistics.median(ours / theirs for ours, theirs in zip(served, bare, strict=True))
     print(
-        f"\n{len(clips)} tracklets a round, {rounds} rounds, {clients} clients, {embedder.precision}\n"
+        f"\n{len(clips)} tracklets a round, {rounds} rounds, "
+        f"{clients} clients, {embedder.precision}\n"
     )
     print("| | tracklets a second (median) | of the bare embedder |\n|---|---|---|")
     print(f"| bare embedder | {statistics.median(bare):.2f} | 1 |")

@@ -213,9 +213,10 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for tracklets and picture.")] = Path("demo"),
     identities: Annotated[int, typer.Option(min=2, max=400, help="How many people.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint to serve.")] = None,
 ) -> None:
     """Draw people, enrol them from one camera, find them again in another."""
-    run_demo(output, identities, seed, _out)
+    run_demo(output, identities, seed, _out, weights)
 
 
 def _read_key(path: Path | None) -> str | None:

@@ -58,7 +58,7 @@ class Found:
 
 
 @contextmanager
-def serving(data_dir: Path, console: Console) -> Iterator[str]:
+def serving(data_dir: Path, console: Console, weights: Path | None = None) -> Iterator[str]:
     """Run the service in a process of its own; yields its address.
 
     Raises:
@@ -69,7 +69,8 @@ def serving(data_dir: Path, console: Console) -> Iterator[str]:
     environment = {n: v for n, v in os.environ.items() if not n.upper().startswith("PASSERBY_")}
     command = [sys.executable, "-m", "service.cli", "serve"]
     command += ["--port", str(port), "--data-dir", str(data_dir)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)  # noqa: S603 our own
+    command += [] if weights is None else ["--weights", str(weights)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)  # noqa: S603
     address = f"http://127.0.0.1:{port}"
     try:
         with console.status("starting the service"):
@@ -106,7 +107,9 @@ def _wait_until_ready(process: "subprocess.Popen[str]", address: str) -> None:
     raise ClientError(f"the service was not ready within {START_S:g} s")
 
 
-def run_demo(output: Path, identities: int, seed: int, console: Console) -> float:
+def run_demo(
+    output: Path, identities: int, seed: int, console: Console, weights: Path | None = None
+) -> float:
     """Draw people, enrol camera 1, query camera 2, print the ranking and write a picture.
 
     Args:
@@ -115,6 +118,7 @@ def run_demo(output: Path, identities: int, seed: int, console: Console) -> floa
         identities: How many people.
         seed: Of the drawing.
         console: Where to print.
+        weights: Checkpoint to serve; the service's default where None.
 
     Returns:
         Rank-1: the share of queries whose first rank is the right identity.
@@ -128,7 +132,7 @@ def run_demo(output: Path, identities: int, seed: int, console: Console) -> floa
     draw_to(SyntheticSet(identities=identities, seed=seed), tracklets, console)
     with (
         tempfile.TemporaryDirectory(prefix="passerby-demo-") as data_dir,
-        serving(Path(data_dir), console) as address,
+        serving(Path(data_dir), console, weights) as address,
         Client(address) as client,
     ):
         _enrol(client, tracklets, console)

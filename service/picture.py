@@ -59,12 +59,13 @@ def draw_answer(
         rows.append(Row("nobody", ("the gallery has no match",), None))
     for match, strip in zip(answer["matches"], strips, strict=True):
         record = match["tracklet"]
+        received = record["frames"]["received"]
         rows.append(
             Row(
                 f"{match['rank']}   {match['identity'] or 'unnamed'}",
                 (
                     f"distance {match['distance']:.3f}",
-                    f"camera {record['camera'] or 'unknown'}, {record['frames']['received']} frames",
+                    f"camera {record['camera'] or 'unknown'}, {received} frames",
                 ),
                 None if strip is None else Image.open(io.BytesIO(strip)),
             )

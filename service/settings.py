@@ -161,18 +161,22 @@ def check_names(environment: os._Environ[str] | dict[str, str]) -> None:
 
 
 def _read_secret_files(environment: os._Environ[str] | dict[str, str]) -> dict[str, str]:
+    given = {name.upper(): value for name, value in environment.items()}  # as pydantic reads it
     values = {}
     for secret in SECRETS:
         name = f"{PREFIX}{secret.upper()}"
-        path = environment.get(f"{name}_FILE")
+        path = given.get(f"{name}_FILE")
         if path is None:
             continue
-        if name in environment:
+        if name in given:
             raise InvalidSettingsError(f"expected {name} or {name}_FILE, got both")
         try:
             values[secret] = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidSettingsError(f"{name}_FILE: could not read the file it names") from error
+        if not values[secret].strip(", \t\r\n"):
+            # Who mounts a secret means to lock the door.
+            raise InvalidSettingsError(f"{name}_FILE: expected a secret in the file, got none")
     return values
 
 

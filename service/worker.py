@@ -104,8 +104,7 @@ class EmbeddingWorker:
         Raises:
             WorkerUnavailableError: It is not; the message says why.
         """
-        if not self._thread.is_alive():
-            raise WorkerUnavailableError("the embedding worker is not running")
+        self._check_running()
         if not self._warm:
             raise WorkerUnavailableError("the embedding worker is warming up")
 
@@ -116,8 +115,7 @@ class EmbeddingWorker:
             OverloadedError: The queue is full.
             WorkerUnavailableError: Nobody works at the queue.
         """
-        if self._closing or not self._thread.is_alive():
-            raise WorkerUnavailableError("the embedding worker is not running")
+        self._check_running()
         waiting = self._count_waiting()
         if waiting >= self._max_tracklets:
             wait_s = math.ceil(waiting * self._seconds_per_tracklet)
@@ -125,6 +123,10 @@ class EmbeddingWorker:
                 f"expected fewer than {self._max_tracklets} tracklets waiting, got {waiting}",
                 retry_after_s=min(max(wait_s, 1), 60),
             )
+
+    def _check_running(self) -> None:
+        if self._closing or not self._thread.is_alive():
+            raise WorkerUnavailableError("the embedding worker is not running")
 
     def _count_waiting(self) -> int:
         """How many wait, after those that were cancelled have left."""
@@ -178,6 +180,8 @@ class EmbeddingWorker:
             log.exception("the embedding worker has died")
             raise
         finally:
+            with self._changed:
+                self._closing = True  # before the queue is emptied, so that nobody joins it after
             self._warm = False
             _fail(job for job in batch if not job.future.done())
             self._fail_waiting()

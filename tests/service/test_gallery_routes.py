@@ -209,7 +209,12 @@ def test_metadata_far_over_its_limit_is_refused(client: TestClient) -> None:
 
 @pytest.mark.parametrize(
     "metadata",
-    [{"a": [1, 2.5, None, True, {"b": "ü 漢 😀 \u0000 \u2028"}]}, {"": 0}, {"n": 10**40}, {"f": 1e-7}],
+    [
+        {"a": [1, 2.5, None, True, {"b": "ü 漢 😀 \u0000 \u2028"}]},
+        {"": 0},
+        {"n": 10**40},
+        {"f": 1e-7},
+    ],
 )
 def test_metadata_comes_back_as_it_went(client: TestClient, metadata: dict[str, Any]) -> None:
     record = enrol(client, metadata=json.dumps(metadata))

@@ -74,6 +74,7 @@ def test_a_service_that_warms_up_is_alive_but_not_ready(
     assert alive.status_code == 200
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_could_not_warm_up_is_not_ready(
     start: Start, embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_worker_that_could_not_warm_up_is_not_ready(
     assert "worker" in assert_problem(client.get("/readyz"), 503, "not-ready")["detail"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_worker_is_not_ready(client: TestClient, embedder: FakeEmbedder) -> None:
     """A dead worker behind a green health check is the most hated bug of embedding servers."""
 

@@ -544,9 +544,7 @@ def test_a_zip_with_any_flag_is_read_or_refused(client: TestClient, bit: int) ->
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(kind=st.sampled_from(sorted(TRUNCATED)), at=st.integers(0), change=st.binary(min_size=1))
 @pytest.mark.filterwarnings("ignore")
-def test_an_image_damaged_anywhere_is_decoded_or_refused(
-    kind: str, at: int, change: bytes
-) -> None:
+def test_an_image_damaged_anywhere_is_decoded_or_refused(kind: str, at: int, change: bytes) -> None:
     from service.uploads import FrameChoice, decode
 
     content = bytearray(TRUNCATED[kind])

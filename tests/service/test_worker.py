@@ -182,6 +182,7 @@ def test_closing_twice_or_before_the_start_does_nothing(embedder: FakeEmbedder) 
         made.submit(clip(), deadline_s=1)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whoever_was_being_embedded_hears_of_the_workers_death(
     worker: EmbeddingWorker, embedder: FakeEmbedder
 ) -> None:
@@ -197,6 +198,32 @@ def test_whoever_was_being_embedded_hears_of_the_workers_death(
             future.result(WAIT_S)
     with pytest.raises(WorkerUnavailableError):
         worker.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_joins_the_queue_of_a_dying_worker(
+    worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    """The callback runs in the worker's thread, which is alive but will never look again."""
+
+    def die(_: Clip) -> None:
+        raise SystemExit
+
+    embedder.refuse = die
+    refused: list[bool] = []
+
+    def join(_: object) -> None:
+        try:
+            worker.submit(clip(), deadline_s=WAIT_S)
+        except WorkerUnavailableError:
+            refused.append(True)
+
+    future = occupy(worker, embedder)
+    future.add_done_callback(join)
+    embedder.gate.set()
+    worker.close(WAIT_S)
+
+    assert refused == [True]
 
 
 def in_background(client: TestClient, pool: ThreadPoolExecutor, path: str, **given: Any) -> Any:
