@@ -27,6 +27,7 @@ from service.enrolment import enrol_all, plan_folder
 from service.picture import draw_answer
 
 ENROLLED, QUERIED = "c1", "c2"
+MARK = ".drawn-by-the-demo"
 START_S = 120.0
 STOP_S = 40.0
 
@@ -70,7 +71,12 @@ def serving(data_dir: Path, console: Console, weights: Path | None = None) -> It
     command = [sys.executable, "-m", "service.cli", "serve"]
     command += ["--port", str(port), "--data-dir", str(data_dir)]
     command += [] if weights is None else ["--weights", str(weights)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    process = subprocess.Popen(  # noqa: S603 our own command
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         with console.status("starting the service"):
@@ -113,7 +119,7 @@ def run_demo(
     """Draw people, enrol camera 1, query camera 2, print the ranking and write a picture.
 
     Args:
-        output: Folder of the drawn tracklets and the picture. Tracklets of an earlier demo in it are
+        output: Folder of the drawn tracklets and the picture. What an earlier demo drew there is
             drawn anew.
         identities: How many people.
         seed: Of the drawing.
@@ -128,8 +134,10 @@ def run_demo(
         DatasetError: The folder cannot be used.
     """
     tracklets = output / "tracklets"
-    shutil.rmtree(tracklets, ignore_errors=True)
+    if (tracklets / MARK).exists():  # never remove a folder that somebody else filled
+        shutil.rmtree(tracklets)
     draw_to(SyntheticSet(identities=identities, seed=seed), tracklets, console)
+    (tracklets / MARK).touch()
     with (
         tempfile.TemporaryDirectory(prefix="passerby-demo-") as data_dir,
         serving(Path(data_dir), console, weights) as address,

@@ -182,6 +182,17 @@ def test_the_longest_embeddings_have_finite_distances(
     assert result.matches[1].distance == 2.0**63
 
 
+def test_distances_whose_squares_underflow_in_float32_rank_exactly(
+    gallery: EmbeddedGallery, enrol: Enrol
+) -> None:
+    """FAISS sees 8 and 10 of the least float32 here, in truth they are 11.9 and 10."""
+    least = 2.0**-149
+    gallery.add([enrol("far", [(1.49 * least) ** 0.5] * 8)])
+    gallery.add([enrol("near", [(10 * least) ** 0.5] + [0] * 7)])
+
+    assert ids(search(gallery, *[0] * 8, top_k=1)) == ["near"]
+
+
 def test_another_model_is_refused(gallery: EmbeddedGallery, enrol: Enrol) -> None:
     gallery.add([enrol("a", [1, 2])])
 

@@ -137,6 +137,18 @@ def test_rows_added_after_removals_are_found(
         assert [(m.record.tracklet_id, m.distance) for m in result.matches] == [(f"new{row}", 0.0)]
 
 
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "SQfp16"])
+def test_asked_for_more_than_there_is_it_gives_what_there_is(factory: str) -> None:
+    """FAISS fills up with row -1."""
+    index = IndexPlan(factory).build(2, None)
+    index.add(np.arange(3), np.array([[0, 0], [1, 1], [2, 2]], dtype=np.float32))
+
+    slots, squared = index.search(np.zeros(2, np.float32), 10, np.array([True, False, True]))
+
+    assert slots.tolist() == [0, 2]
+    assert squared.tolist() == [0, 8]
+
+
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
 def test_a_removed_vector_leaves_memory_at_once(
     directory: Path, enrol: Enrol, factory: str

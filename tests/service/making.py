@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -86,6 +87,7 @@ def video(
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=25)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for level in np.linspace(0, 255, frames):
@@ -152,4 +154,4 @@ def mean_colours(clip: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Mean colours of a clip's 4x2 cells, (24,) float32: what the fake embedder answers."""
     frames, height, width, _ = clip.shape
     cells = clip.reshape(frames, 4, height // 4, 2, width // 2, 3)
-    return cells.mean(axis=(0, 2, 4)).astype(np.float32).ravel()
+    return np.asarray(cells.mean(axis=(0, 2, 4)), dtype=np.float32).ravel()

@@ -20,6 +20,7 @@ from index.embedded import EmbeddedGallery
 from index.gallery import Filters
 from model.checkpoint import load_checkpoint
 from model.datasets.folder import read_folder
+from model.errors import DatasetError
 from service import cli
 from service.app import create_app
 from service.settings import Settings
@@ -247,6 +248,16 @@ def test_the_demo_finds_people_and_stops_cleanly(tmp_path: Path) -> None:
     assert "/docs" in done.stdout
     with Image.open(tmp_path / "demo" / "answer.png") as picture:
         assert picture.size[0] > 600
+
+
+def test_the_demo_never_removes_a_folder_that_it_did_not_make(tmp_path: Path) -> None:
+    kept = tmp_path / "tracklets" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("precious")
+
+    with pytest.raises(DatasetError, match="empty folder"):
+        passerby("demo", "--output", tmp_path)
+    assert kept.read_text() == "precious"
 
 
 @pytest.mark.slow

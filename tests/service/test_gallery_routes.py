@@ -425,10 +425,9 @@ def test_metadata_cannot_grow_over_its_limit_by_patches(client: TestClient) -> N
 
 
 def test_patches_at_once_do_not_lose_each_other(
-    start: Start, gallery: EmbeddedGallery, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, gallery: EmbeddedGallery
 ) -> None:
     """Each merges one key into the metadata; all are there at the end."""
-    client = start()
     enrol(client, tracklet_id="t")
 
     def patch(number: int) -> int:
@@ -439,7 +438,6 @@ def test_patches_at_once_do_not_lose_each_other(
 
     assert statuses == [200] * 40
     assert len(gallery.get("t").metadata) == 40
-    del monkeypatch
 
 
 def test_a_deleted_tracklet_is_gone(client: TestClient) -> None:

@@ -11,6 +11,7 @@ import uvicorn
 from starlette.testclient import TestClient
 from starlette.types import Message
 
+from index.embedded import EmbeddedGallery
 from service.app import create_app
 from service.settings import LimitSettings, Settings
 from tests.service.conftest import (
@@ -211,7 +212,7 @@ def test_a_client_that_hangs_up_in_mid_upload_leaves_nothing(
 ) -> None:
     caplog.set_level("INFO")
     body = form([FRAME, FRAME])
-    messages = [
+    messages: list[Message] = [
         {"type": "http.request", "body": body[:400], "more_body": True},
         {"type": "http.disconnect"},
     ]
@@ -229,7 +230,7 @@ def test_a_client_that_hangs_up_in_mid_upload_leaves_nothing(
 def test_a_client_that_hangs_up_gives_its_place_back(start: Start) -> None:
     """Otherwise the service answers 429 for good after a few of them."""
     client = start(limits=LimitSettings(uploads=1))
-    messages = [{"type": "http.disconnect"}]
+    messages: list[Message] = [{"type": "http.disconnect"}]
 
     for _ in range(3):
         asyncio.run(drive(client.app, "/gallery", FORM_TYPE["Content-Type"], messages))
@@ -240,8 +241,6 @@ def test_a_client_that_hangs_up_gives_its_place_back(start: Start) -> None:
 @pytest.fixture
 def address(embedder: FakeEmbedder, tmp_path: Any) -> Iterator[tuple[str, int]]:
     """A real server on loopback."""
-    from index.embedded import EmbeddedGallery
-
     app = create_app(embedder, EmbeddedGallery(tmp_path / "served"), Settings())
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

@@ -227,15 +227,14 @@ def test_parameters_are_refused_where_none_are_read(client: TestClient) -> None:
 
 @pytest.mark.parametrize("path", ["/embed", "/query", "/gallery"])
 def test_an_embedding_that_is_not_finite_is_our_mistake(
-    client: TestClient, embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch, path: str
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """JSON would carry NaN as null, with status 200."""
-    from tests.service import conftest
 
     def broken(_: Any) -> Any:
         return np.full(24, np.nan, dtype=np.float32)
 
-    monkeypatch.setattr(conftest, "mean_colours", broken)
+    monkeypatch.setattr("tests.service.conftest.mean_colours", broken)
     answer = client.post(path, files=GOOD)
 
     assert_problem(answer, 500, "internal-error")

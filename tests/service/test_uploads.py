@@ -1,5 +1,6 @@
 """Images and archives, good and bad, against the running app."""
 
+import contextlib
 import io
 import struct
 import zipfile
@@ -9,18 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from starlette.testclient import TestClient
 
 from service.errors import ServiceError
 from service.settings import LimitSettings
-from service.uploads import unpack
+from service.uploads import FrameChoice, decode, unpack
 from tests.service.conftest import FakeEmbedder, Start, assert_problem, assert_refused, enrol
 from tests.service.making import (
     BLUE,
     GOOD,
     GREEN,
-    GREY,
     RED,
     as_archive,
     as_frames,
@@ -190,9 +191,9 @@ def test_an_animated_image_is_refused(client: TestClient, kind: str) -> None:
     assert_refused(client, answer, 415, "unsupported-media")
 
 
-def used_pixels(embedder: FakeEmbedder) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def used_pixels(embedder: FakeEmbedder) -> NDArray[np.float64]:
     """The first frame that reached the embedder."""
-    return embedder.clips[0][0].astype(float)
+    return np.asarray(embedder.clips[0][0], dtype=np.float64)
 
 
 def halves(left: int, right: int) -> Image.Image:
@@ -423,7 +424,7 @@ def test_a_zip_that_hides_a_long_directory_is_refused_before_it_is_read() -> Non
     end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, len(directory), 0, 0)
     opened = zipfile.ZipFile(io.BytesIO(directory + end))
 
-    with pytest.raises(ServiceError, match="at most 512 frames"):
+    with pytest.raises(ServiceError, match="got 100000 members"):
         unpack({"archive": [directory + end]}, LimitSettings())
 
     assert len(opened.infolist()) == 100_000  # so the standard library would have read it
@@ -524,10 +525,8 @@ def test_a_zip_with_any_directory_byte_inverted_is_read_or_refused(offset: int) 
     content = bytearray(zipped([("a.bin", b"abc" * 20)], zipfile.ZIP_DEFLATED))
     content[offset % len(content)] ^= 0xFF
 
-    try:
+    with contextlib.suppress(ServiceError):  # what matters is that nothing else comes out
         unpack({"archive": [bytes(content)]}, LimitSettings())
-    except ServiceError as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize("bit", range(16))
@@ -545,8 +544,6 @@ def test_a_zip_with_any_flag_is_read_or_refused(client: TestClient, bit: int) ->
 @given(kind=st.sampled_from(sorted(TRUNCATED)), at=st.integers(0), change=st.binary(min_size=1))
 @pytest.mark.filterwarnings("ignore")
 def test_an_image_damaged_anywhere_is_decoded_or_refused(kind: str, at: int, change: bytes) -> None:
-    from service.uploads import FrameChoice, decode
-
     content = bytearray(TRUNCATED[kind])
     at %= min(len(content), 600)  # headers
     content[at : at + len(change)] = change
@@ -560,9 +557,7 @@ def test_an_image_damaged_anywhere_is_decoded_or_refused(kind: str, at: int, cha
     assert decoded.clip.shape == (1, 64, 32, 3)
 
 
-def test_a_refusal_names_no_grey_image_bytes(client: TestClient) -> None:
-    """A problem says what came in words, not by repeating it."""
+def test_a_refusal_does_not_repeat_what_was_sent(client: TestClient) -> None:
     answer = client.post("/gallery", files=as_frames([b"secret face bytes"]))
 
     assert "secret" not in assert_problem(answer, 415, "unsupported-media")["detail"]
-    assert GREY

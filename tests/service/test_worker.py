@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from index.embedded import EmbeddedGallery
+from index.gallery import GalleryUnavailableError
 from model.frames import Clip
+from service.app import create_app
 from service.errors import DeadlineExceededError, OverloadedError, WorkerUnavailableError
-from service.settings import BatchSettings, LimitSettings, QueueSettings
+from service.settings import BatchSettings, LimitSettings, QueueSettings, Settings
 from service.worker import Embedded, EmbeddingWorker
-from tests.service.conftest import FakeEmbedder, Start, assert_problem, enrol
+from tests.service.conftest import FakeEmbedder, Start, assert_problem
 from tests.service.making import BLUE, GOOD, GREEN, RED, clip_of, mean_colours
 
 WAIT_S = 20.0
@@ -322,19 +325,20 @@ def test_a_failing_tracklet_does_not_fail_its_neighbours(
 
 
 def test_the_end_of_the_service_waits_for_the_worker_and_closes_the_gallery(
-    embedder: FakeEmbedder, start: Start
+    embedder: FakeEmbedder, gallery: EmbeddedGallery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = start()
-    enrol(client)
-    parts = client.app.state.parts  # type: ignore[attr-defined]
-    embedder.gate.clear()
-    embedder.entered.clear()
-    waiting = parts.worker.submit(clip(), deadline_s=WAIT_S)
-    assert embedder.entered.wait(WAIT_S)
+    app = create_app(embedder, gallery, Settings())
+    worker: EmbeddingWorker = app.state.parts.worker
+    close = worker.close
 
-    threading.Timer(0.1, embedder.gate.set).start()
-    client.__exit__(None, None, None)
+    def close_and_go_on(timeout_s: float | None) -> None:
+        embedder.gate.set()
+        close(timeout_s)
 
-    assert waiting.exception(0) is None
-    with pytest.raises(Exception, match="closed"):
-        parts.gallery.check()
+    monkeypatch.setattr(worker, "close", close_and_go_on)
+    with TestClient(app):
+        waiting = [occupy(worker, embedder), worker.submit(clip(), deadline_s=WAIT_S)]
+
+    assert [future.exception(0) for future in waiting] == [None, None]
+    with pytest.raises(GalleryUnavailableError):
+        gallery.check()
