@@ -158,11 +158,13 @@ class Store:
         self._closed = False
 
     def close(self) -> None:
-        """Release the file. Reads under way end first-come; new ones are refused."""
+        """Release the file. Reads that have begun may end; new ones are refused."""
         self._closed = True
-        self._close_idle_readers()
-        self._writer.close()
-        self._lock.release()
+        try:
+            self._close_idle_readers()
+            self._writer.close()
+        finally:
+            self._lock.release()
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -186,11 +188,12 @@ class Store:
         Somebody who is just reading can prevent it; then the next call, or closing, does it.
         """
         try:
-            self._writer.execute("PRAGMA busy_timeout = 0")
+            self._writer.execute("PRAGMA busy_timeout = 0")  # rather than wait for readers
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            self._writer.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         except sqlite3.Error as error:
             _log.warning("the write-ahead log could not be emptied: %s", error)
+        finally:
+            self._writer.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
 
     def get(self, tracklet_id: str) -> Stored:
         """A record by id.

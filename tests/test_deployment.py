@@ -190,9 +190,14 @@ def why_not_docker() -> str | None:
 
 
 class Deployment:
-    """The compose file under a project name and a port of its own."""
+    """The compose file under a project name and a port of its own.
 
-    def __init__(self) -> None:
+    Args:
+        no_settings: An empty file, read in place of the checkout's .env: the defaults are on trial.
+    """
+
+    def __init__(self, no_settings: Path) -> None:
+        self._no_settings = no_settings
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._publish = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -203,10 +208,16 @@ class Deployment:
         """Run a compose command; what it prints comes back."""
         environment = {n: v for n, v in os.environ.items() if not n.startswith("PASSERBY_")}
         done = subprocess.run(
-            # Neither .env nor the override file of this checkout: the defaults are on trial.
             [
                 *(compose_command() or ()),
-                *("--env-file", os.devnull, "-f", "docker-compose.yml", "-p", self._name),
+                *(
+                    "--env-file",
+                    str(self._no_settings),
+                    "-f",
+                    "docker-compose.yml",
+                    "-p",
+                    self._name,
+                ),
                 *arguments,
             ],
             cwd=ROOT,
@@ -229,11 +240,13 @@ class Deployment:
 
 
 @pytest.fixture
-def deployment() -> Iterator[Deployment]:
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
     """Built and not yet started; removed with its data at the end."""
     if reason := why_not_docker():
         pytest.skip(reason)
-    built = Deployment()
+    no_settings = tmp_path / "empty.env"
+    no_settings.touch()
+    built = Deployment(no_settings)
     try:
         built.compose("build")
         yield built
@@ -245,9 +258,10 @@ def deployment() -> Iterator[Deployment]:
 @pytest.mark.slow
 def test_gallery_survives_its_container(deployment: Deployment, tmp_path: Path) -> None:
     """Build, start, enrol and ask; the same answer comes from a new container."""
-    draw_to(SyntheticSet(identities=3), tmp_path, Console(quiet=True))
-    tasks = plan_folder(tmp_path, frozenset({"c1"}))
-    asked = next(one for one in read_folder(tmp_path) if one.camera == "c2")
+    people = tmp_path / "people"
+    draw_to(SyntheticSet(identities=3), people, Console(quiet=True))
+    tasks = plan_folder(people, frozenset({"c1"}))
+    asked = next(one for one in read_folder(people) if one.camera == "c2")
     local = read_local(asked.frames)
     with Client(deployment.address) as client:
         deployment.start(client)
