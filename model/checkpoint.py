@@ -159,6 +159,7 @@ def save_checkpoint(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".checkpoint-") as aside:
             draft = Path(aside) / path.name
             save_file(state, draft, metadata=header)
+            draft.chmod(0o666 & ~_umask())  # it is written for its owner alone
             draft.replace(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write {path}: {_reason(error)}") from error
@@ -215,9 +216,19 @@ def _reason(error: Exception) -> str:
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
+def _umask() -> int:
+    current = os.umask(0o022)  # the only way to read it is to set it
+    os.umask(current)
+    return current
+
+
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"expected a weights file, got nothing at {path}")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(
+            f"expected a weights file that may be read, got {path} without the right"
+        )
 
 
 def _sha256(path: Path) -> str:

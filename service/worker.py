@@ -16,6 +16,10 @@ from service.errors import DeadlineExceededError, OverloadedError, WorkerUnavail
 from service.logs import request_id
 
 log = logging.getLogger(__name__)
+# A poisoned device fails at everything; one bad tracklet, or two, must not turn the probe red.
+FAILURES_UNTIL_UNREADY = 3
+# Far above what a batch takes on the slowest machine that could serve at all.
+STUCK_S = 120.0
 
 
 class Embedder(Protocol):
@@ -91,6 +95,8 @@ class EmbeddingWorker:
         self._changed = threading.Condition()
         self._closing = False
         self._warm = False
+        self._failures = 0  # in a row
+        self._busy_since: float | None = None
         self._seconds_per_tracklet = 1.0
         self._thread = threading.Thread(target=self._run, name="embedding-worker", daemon=True)
 
@@ -107,6 +113,13 @@ class EmbeddingWorker:
         self._check_running()
         if not self._warm:
             raise WorkerUnavailableError("the embedding worker is warming up")
+        if self._failures >= FAILURES_UNTIL_UNREADY:
+            raise WorkerUnavailableError(
+                f"the last {self._failures} tracklets could not be embedded"
+            )
+        busy_since = self._busy_since
+        if busy_since is not None and time.monotonic() - busy_since > STUCK_S:
+            raise WorkerUnavailableError(f"a batch has not ended for {STUCK_S:g} s")
 
     def refuse_when_full(self) -> None:
         """Return while there is room in the queue.
@@ -175,7 +188,9 @@ class EmbeddingWorker:
             self._embedder.warm_up()
             self._warm = True
             while batch := self._next_batch():
+                self._busy_since = time.monotonic()
                 self._embed(batch)
+                self._busy_since = None
         except BaseException:
             log.exception("the embedding worker has died")
             raise
@@ -237,8 +252,10 @@ class EmbeddingWorker:
             )
             failure = WorkerUnavailableError("the tracklet could not be embedded; the log says why")
             failure.__cause__ = error
+            self._failures += 1
             batch[0].future.set_exception(failure)
             return
+        self._failures = 0
         seconds = time.monotonic() - started
         self._seconds_per_tracklet += 0.2 * (seconds / len(batch) - self._seconds_per_tracklet)
         for job, result in zip(batch, results, strict=True):

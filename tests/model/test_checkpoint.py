@@ -1,5 +1,6 @@
 """One file with weights, configuration, preprocessing and a fingerprint that is checked."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def test_a_saved_checkpoint_comes_back_whole(checkpoint: Checkpoint, tmp_path: P
     for name, tensor in loaded.network.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     checkpoint.network.config = NetworkConfig()
+
+
+def test_a_checkpoint_may_be_read_by_others_as_the_umask_says(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A container's user reads a file that another user made and mounted."""
+    before = os.umask(0o022)
+    try:
+        save_checkpoint(checkpoint, tmp_path / "net.safetensors")
+    finally:
+        os.umask(before)
+
+    assert (tmp_path / "net.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_half_precision_halves_the_file_and_names_another_model(

@@ -342,3 +342,44 @@ def test_the_end_of_the_service_waits_for_the_worker_and_closes_the_gallery(
     assert [future.exception(0) for future in waiting] == [None, None]
     with pytest.raises(GalleryUnavailableError):
         gallery.check()
+
+
+def test_a_worker_that_fails_at_everything_says_so_until_it_succeeds(
+    worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    """A probe must not stay green over a device that fails at every batch."""
+
+    def refuse(_: Clip) -> None:
+        raise RuntimeError("the device is poisoned")
+
+    worker.submit(clip(), deadline_s=WAIT_S).result(WAIT_S)
+    embedder.refuse = refuse
+    for expected in (False, False, True):
+        with pytest.raises(WorkerUnavailableError):
+            worker.submit(clip(), deadline_s=WAIT_S).result(WAIT_S)
+        assert says_unready(worker) is expected
+
+    embedder.refuse = lambda _: None
+    worker.submit(clip(), deadline_s=WAIT_S).result(WAIT_S)
+    assert not says_unready(worker)
+
+
+def test_a_batch_that_does_not_end_turns_the_probe_red(
+    worker: EmbeddingWorker, embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = occupy(worker, embedder)
+    assert not says_unready(worker)
+    monkeypatch.setattr("service.worker.STUCK_S", 0.0)
+
+    assert says_unready(worker)
+
+    embedder.gate.set()
+    future.result(WAIT_S)
+
+
+def says_unready(worker: EmbeddingWorker) -> bool:
+    try:
+        worker.check()
+    except WorkerUnavailableError:
+        return True
+    return False
