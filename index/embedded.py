@@ -267,9 +267,9 @@ class EmbeddedGallery:
         """
         try:
             with self._memory.writing():
+                self._stale = True  # whatever interrupts from here on
                 if commit:
-                    commit()
-                self._stale = True
+                    self._commit(commit)
                 yield
                 self._stale = False
         except (RuntimeError, MemoryError, LookupError):
@@ -277,6 +277,13 @@ class EmbeddedGallery:
                 raise
             _log.exception("the index failed to follow the store; building it again")
             self._rebuild()
+
+    def _commit(self, commit: Callable[[], None]) -> None:
+        try:
+            commit()
+        except GalleryError:
+            self._stale = False  # nothing has happened, there or here
+            raise
 
     def _rebuild(self) -> None:
         """Make memory again from the store; searches go on with the old one unless it is stale."""

@@ -62,7 +62,7 @@ def enroll(
         Path,
         typer.Argument(
             help="A folder identity/camera/frames or identity/camera/tracklet/frames; or, with "
-            "--identity or --camera, one tracklet: a folder of frames, a zip or a video."
+            "--identity, --tracklet-id or --single, one tracklet: a folder, a zip, a video."
         ),
     ],
     server: Server = DEFAULT_SERVER,

@@ -85,15 +85,15 @@ class Client:
     ) -> None:
         self._http.close()
 
-    def enrol(self, tracklet: LocalTracklet, fields: dict[str, str]) -> dict[str, Any]:
-        """Enrol a tracklet; returns its record.
+    def enrol(self, tracklet: LocalTracklet, fields: dict[str, str]) -> tuple[dict[str, Any], bool]:
+        """Enrol a tracklet; returns its record, and False where it was there already.
 
         Raises:
             ClientError: The service refused or could not be reached.
         """
         answer = self._send("POST", "/gallery", tracklet, data=fields)
         record: dict[str, Any] = answer.json()
-        return record
+        return record, answer.status_code == 201
 
     def query(self, tracklet: LocalTracklet, parameters: dict[str, Any]) -> dict[str, Any]:
         """Ask who a tracklet shows; returns the answer's body.

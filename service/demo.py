@@ -71,11 +71,12 @@ def serving(data_dir: Path, console: Console, weights: Path | None = None) -> It
     command = [sys.executable, "-m", "service.cli", "serve"]
     command += ["--port", str(port), "--data-dir", str(data_dir)]
     command += [] if weights is None else ["--weights", str(weights)]
+    # A file, not a pipe: a pipe that nobody reads fills up and stops the service.
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed when it has been read
     process = subprocess.Popen(  # noqa: S603 our own command
         command,
         env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=log,
     )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -85,13 +86,15 @@ def serving(data_dir: Path, console: Console, weights: Path | None = None) -> It
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            _, log = process.communicate(timeout=STOP_S)
+            process.wait(timeout=STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            _, log = process.communicate()
-        for line in log.splitlines():
-            if "WARNING" in line or "ERROR" in line:
-                console.print(f"[yellow]the service said:[/] {line}", highlight=False)
+            process.wait()
+        log.seek(0)
+        with log:
+            for line in log:
+                if "WARNING" in line or "ERROR" in line:
+                    console.print(f"[yellow]the service said:[/] {line.strip()}", highlight=False)
 
 
 def _free_port() -> int:
@@ -101,7 +104,7 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_ready(process: "subprocess.Popen[str]", address: str) -> None:
+def _wait_until_ready(process: "subprocess.Popen[bytes]", address: str) -> None:
     deadline = time.monotonic() + START_S
     with Client(address) as client:
         while time.monotonic() < deadline:

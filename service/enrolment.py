@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from model.datasets.folder import read_folder
 from model.errors import DatasetError
-from service.client import Client, ClientError, read_local
+from service.client import Client, ClientError, LocalTracklet, read_local
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,27 @@ def enrol_one(client: Client, task: Task) -> Outcome:
     """Enrol one tracklet unless it is there already with the same content."""
     try:
         local = read_local(task.source)
-        if tracklet_id := task.fields.get("tracklet_id"):
-            stored = client.record(tracklet_id)
-            if stored is not None and local.kind != "archive":
-                if stored["content"] == local.content:
-                    return Outcome(task, "skipped")
-                return Outcome(task, "failed", f"409: {tracklet_id} is there with other content")
-        client.enrol(local, task.fields)
+        fields = {"tracklet_id": _derive_id(local, task.fields), **task.fields}
+        if _is_there(client.record(fields["tracklet_id"]), local, fields):
+            return Outcome(task, "skipped")
+        # What is there with other content or other fields, the service knows best.
+        _, created = client.enrol(local, fields)
     except (ClientError, DatasetError) as error:
         return Outcome(task, "failed", str(error))
-    return Outcome(task, "enrolled")
+    return Outcome(task, "enrolled" if created else "skipped")
+
+
+def _derive_id(local: LocalTracklet, fields: dict[str, str]) -> str:
+    """An id for a tracklet without one, so that sending it twice does not store it twice."""
+    names = [fields.get("identity"), fields.get("camera"), local.content[:16]]
+    return ":".join(name for name in names if name)
+
+
+def _is_there(stored: dict[str, Any] | None, local: LocalTracklet, fields: dict[str, str]) -> bool:
+    """Whether a record is what would be enrolled, as far as it shows without sending the frames."""
+    return (
+        stored is not None
+        and local.kind != "archive"  # its members' digest is not known here
+        and stored["content"] == local.content
+        and all(stored[name] == value for name, value in fields.items())
+    )

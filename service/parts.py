@@ -16,7 +16,7 @@ from index.gallery import Gallery, InvalidEmbeddingError
 from service.errors import DeadlineExceededError, OverloadedError, ValidationError
 from service.multipart import FILE_FIELDS, Form, read_form
 from service.schemas import FrameCounts
-from service.settings import Settings
+from service.settings import LimitSettings, Settings
 from service.strips import film_strip
 from service.uploads import DecodedTracklet, FrameChoice, content_digest, decode, unpack
 from service.worker import Embedded, Embedder, EmbeddingWorker
@@ -125,12 +125,23 @@ async def receive(request: Request, parts: Parts) -> Upload:
     parts.worker.refuse_when_full()  # before the body: why upload what will be refused
     settings = parts.settings
     with parts.uploads.take():
-        form = await read_form(request, settings.limits)
+        form = await _read_in_time(request, settings.limits)
         timing = Timing()
         loop = asyncio.get_running_loop()
         tracklet, content = await loop.run_in_executor(parts.decoders, _decode_form, form, parts)
         timing.decode = (time.perf_counter() - timing.started) * 1000
     return Upload(form.fields, tracklet, content, timing)
+
+
+async def _read_in_time(request: Request, limits: LimitSettings) -> Form:
+    """Read a form; a client that stops sending must not keep its place for ever."""
+    try:
+        async with asyncio.timeout(limits.upload_s):
+            return await read_form(request, limits)
+    except TimeoutError as error:
+        raise DeadlineExceededError(
+            f"expected an upload within {limits.upload_s:g} s, it took longer"
+        ) from error
 
 
 async def receive_bare(request: Request, parts: Parts) -> Upload:

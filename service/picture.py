@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from model.frames import Preprocessing, choose_frames
-from service.client import LocalTracklet
+from service.client import ClientError, LocalTracklet
 from service.settings import LimitSettings
 from service.strips import FRAMES, HEIGHT
 from service.uploads import FrameChoice, decode, unpack
@@ -53,6 +53,9 @@ def draw_answer(
         answer: Body of ``POST /query``.
         strips: Film strip of each match, JPEG bytes, or None.
         path: The picture; the suffix decides its format.
+
+    Raises:
+        ClientError: The picture cannot be written.
     """
     rows = _query_rows(query, name, answer)
     if not answer["matches"]:
@@ -70,7 +73,12 @@ def draw_answer(
                 None if strip is None else Image.open(io.BytesIO(strip)),
             )
         )
-    _draw(rows, heading_rows=2 if answer.get("attention") else 1).save(path)
+    picture = _draw(rows, heading_rows=2 if answer.get("attention") else 1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError) as error:  # the latter where the suffix names no format
+        raise ClientError(f"could not write the picture {path}: {error}") from error
 
 
 def _query_rows(query: LocalTracklet, name: str, answer: dict[str, Any]) -> list[Row]:

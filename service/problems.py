@@ -145,18 +145,13 @@ def validation_problem(found: list[tuple[tuple[int | str, ...], str]]) -> JSONRe
         found: For each its place in the request and what was expected.
     """
     listed = [
-        {"pointer": _pointer(place), "detail": message} for place, message in found[:LISTED_ERRORS]
+        {"pointer": "/" + "/".join(str(part) for part in place), "detail": message}
+        for place, message in found[:LISTED_ERRORS]
     ]
     detail = "; ".join(f"{one['pointer']}: {one['detail']}" for one in listed[:3])
     if len(found) > 3:
         detail += f"; and {len(found) - 3} more"
     return problem(KINDS[errors.ValidationError], detail, members={"errors": listed})
-
-
-def _pointer(place: tuple[int | str, ...]) -> str:
-    pointer = "/" + "/".join(str(part) for part in place)
-    # A name in a JSON body may hold half of a surrogate pair, which no answer can carry.
-    return pointer.encode("utf-8", "replace").decode()
 
 
 async def _on_http_error(_: Request, error: Exception) -> JSONResponse:

@@ -51,6 +51,7 @@ class LimitSettings(_Group):
     frame_pixels: int = Field(40_000_000, ge=1, description="Pixels of one frame.")
     side_pixels: int = Field(8, ge=1, description="Shortest side of a frame, pixels, at least.")
     metadata_bytes: int = Field(16 * 1024, ge=2, description="Bytes of a metadata object.")
+    upload_s: float = Field(60.0, gt=0, description="Seconds that one upload may take to arrive.")
     uploads: int = Field(
         32, ge=1, description="Uploads held in memory at a time; one more gets 429."
     )

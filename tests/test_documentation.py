@@ -21,12 +21,19 @@ def shown_commands(page: Path) -> list[list[str]]:
     commands = []
     for block in FENCE.findall(page.read_text(encoding="utf-8")):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
+            words = split(line.removeprefix("$ "))
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words = words[1:]  # a variable set for this command
             if words:
                 commands.append(words)
     return commands
+
+
+def split(line: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # one line of a quotation over several
+        return line.split()
 
 
 def all_shown(program: str) -> list[list[str]]:
@@ -74,6 +81,11 @@ def test_every_script_shown_exists() -> None:
     scripts = [word for words in all_shown("python") for word in words if word.endswith(".py")]
 
     assert all((ROOT / script).is_file() for script in scripts), scripts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_is_empty(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8")) > 500
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

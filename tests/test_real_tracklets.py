@@ -82,13 +82,14 @@ def test_the_service_ranks_real_people_as_a_direct_evaluation_does(tmp_path: Pat
         results = embedder.embed(clips)
         return [(one.identity, r.embedding) for one, r in zip(chosen, results, strict=True)]
 
-    direct = measures(rank_directly(embed(queries), embed(gallery)))
+    direct = rank_directly(embed(queries), embed(gallery))
     settings = Settings(frames_per_tracklet=USED)
     app = create_app(embedder, EmbeddedGallery(tmp_path / "data"), settings)
     with TestClient(app) as client:
-        served = measures(rank_through_http(client, queries, gallery))
+        served = rank_through_http(client, queries, gallery)
 
-    assert served == direct
+    assert served == direct  # every list of 35, so every measure of them
+    assert measures(served) == measures(direct)
     assert len(gallery) == len(queries) == 35
-    assert served["rank-1"] >= 0.3
-    print(served)  # noqa: T201 shown with pytest -s
+    assert measures(served)["rank-1"] >= 0.3
+    print(measures(served))  # noqa: T201 shown with pytest -s

@@ -23,6 +23,7 @@ from model.datasets.folder import read_folder
 from model.errors import DatasetError
 from service import cli
 from service.app import create_app
+from service.client import ClientError
 from service.settings import Settings
 from tests.service.conftest import FakeEmbedder
 
@@ -135,8 +136,29 @@ def test_one_tracklet_is_enrolled_with_what_is_said_of_it(
     status, _ = passerby("enroll", one, "--server", address, "--identity", "x", "--camera", "c9")
 
     [record] = gallery.list(Filters(), limit=10).records
-    assert status == 0
+    again, said = passerby("enroll", one, "--server", address, "--identity", "x", "--camera", "c9")
+    assert (status, again) == (0, 0)
+    assert "0 enrolled, 1 skipped" in said
     assert (record.identity, record.camera, record.frames_received) == ("x", "c9", 3)
+
+
+def test_another_identity_under_the_same_id_is_a_failure(address: str, people: Path) -> None:
+    words = ("enroll", people / "p0" / "c1", "--server", address, "--tracklet-id", "t")
+    passerby(*words, "--identity", "x")
+
+    status, said = passerby(*words, "--identity", "y")
+
+    assert status == 1
+    assert "failed t: 409" in said
+
+
+def test_a_picture_that_cannot_be_written_is_a_clear_error(
+    address: str, people: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ClientError, match="could not write the picture"):
+        passerby(
+            "query", people / "p1" / "c2", "--server", address, "--picture", tmp_path / "a.xyz"
+        )
 
 
 def test_an_unreachable_server_is_one_line(people: Path) -> None:

@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "LIMITS__SIDE_PIXELS": ("16", 16),
     "LIMITS__METADATA_BYTES": ("99", 99),
     "LIMITS__UPLOADS": ("2", 2),
+    "LIMITS__UPLOAD_S": ("7", 7.0),
     "THRESHOLD": ("11.2", 11.2),
     "THUMBNAILS": ("false", False),
     "LOG_FORMAT": ("json", "json"),

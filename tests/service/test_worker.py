@@ -214,17 +214,19 @@ def test_nobody_joins_the_queue_of_a_dying_worker(
 
     embedder.refuse = die
     refused: list[bool] = []
+    tried = threading.Event()
 
     def join(_: object) -> None:
         try:
             worker.submit(clip(), deadline_s=WAIT_S)
         except WorkerUnavailableError:
             refused.append(True)
+        tried.set()
 
     future = occupy(worker, embedder)
     future.add_done_callback(join)
     embedder.gate.set()
-    worker.close(WAIT_S)
+    assert tried.wait(WAIT_S)
 
     assert refused == [True]
 
