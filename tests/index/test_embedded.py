@@ -456,6 +456,21 @@ def test_pages_follow_enrolment_and_survive_removals(
     assert last.next_cursor is None
 
 
+def test_an_old_cursor_does_not_miss_what_came_after_removals(
+    gallery: EmbeddedGallery, enrol: Enrol
+) -> None:
+    """A place in the order of enrolment is never given twice."""
+    gallery.add([enrol(each, [1, 2]) for each in "abc"])
+    cursor = gallery.list(Filters(), limit=2).next_cursor
+    gallery.remove("b")
+    gallery.remove("c")
+
+    gallery.add([enrol("d", [1, 2])])
+
+    page = gallery.list(Filters(), limit=2, cursor=cursor)
+    assert [record.tracklet_id for record in page.records] == ["d"]
+
+
 def test_a_full_last_page_has_no_cursor(gallery: EmbeddedGallery, enrol: Enrol) -> None:
     gallery.add([enrol(each, [1, 2]) for each in "ab"])
 
