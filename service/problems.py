@@ -145,7 +145,10 @@ def validation_problem(found: list[tuple[tuple[int | str, ...], str]]) -> JSONRe
         found: For each its place in the request and what was expected.
     """
     listed = [
-        {"pointer": "/" + "/".join(str(part) for part in place), "detail": message.removeprefix("Value error, ")}
+        {
+            "pointer": "/" + "/".join(str(part) for part in place),
+            "detail": message.removeprefix("Value error, "),
+        }
         for place, message in found[:LISTED_ERRORS]
     ]
     detail = "; ".join(f"{one['pointer']}: {one['detail']}" for one in listed[:3])
