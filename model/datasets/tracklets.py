@@ -22,6 +22,43 @@ class Tracklet:
     frames: tuple[Path, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Who trains, who asks and who answers in one repetition of a protocol.
+
+    Args:
+        name: Which repetition: "0", "1", ... in the order of the split file.
+        train: Tracklets of the training identities.
+        query: Tracklets that are searched with; none of their identities is in ``train``.
+        gallery: Tracklets that are searched in.
+        source: Where the division comes from, for reports: "published: splits_prid2011.json" or
+            "random half, seed 0".
+    """
+
+    name: str
+    train: tuple[Tracklet, ...]
+    query: tuple[Tracklet, ...]
+    gallery: tuple[Tracklet, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A folder of tracklets in a known layout, with its protocol.
+
+    Args:
+        layout: One of ``layouts.LAYOUTS``.
+        root: Its folder.
+        tracklets: All of them, sorted by identity, camera and name, by number.
+        splits: The repetitions of its protocol, at least one.
+    """
+
+    layout: str
+    root: Path
+    tracklets: tuple[Tracklet, ...]
+    splits: tuple[Split, ...]
+
+
 def natural_key(name: str) -> tuple[tuple[int, str], ...]:
     """Return a sort key that counts as people do: ``2.jpg`` before ``10.jpg``.
 

@@ -1,0 +1,332 @@
+"""Who trains and who is searched for: published split files, and seeded halves without one.
+
+A published split decides which figures may be compared, so a file is either followed to the letter
+or refused; it is never repaired.
+"""
+
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.datasets.findings import Finding, shorten
+from model.datasets.tracklets import Split, Tracklet, natural_key
+from model.errors import DatasetError
+
+# Distinguishes these draws from others with the same seed.
+STREAM = 11
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """One division of identities by name.
+
+    Args:
+        train: Identities that are trained with.
+        test: Identities that are searched for, none of them in ``train``.
+    """
+
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def sort_tracklets(tracklets: Iterable[Tracklet]) -> tuple[Tracklet, ...]:
+    """Sort by identity, camera and name, each by number."""
+    return tuple(
+        sorted(
+            tracklets,
+            key=lambda one: (
+                natural_key(one.identity),
+                natural_key(one.camera),
+                natural_key(one.name),
+            ),
+        )
+    )
+
+
+def cameras_of(tracklets: Iterable[Tracklet]) -> dict[str, list[str]]:
+    """Which cameras saw each identity; identities and cameras sorted by number."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for one in tracklets:
+        seen[one.identity].add(one.camera)
+    return {name: sorted(seen[name], key=natural_key) for name in sorted(seen, key=natural_key)}
+
+
+def divide(
+    tracklets: Sequence[Tracklet],
+    names: Names,
+    *,
+    name: str,
+    source: str,
+    query_camera: str | None = None,
+    gallery_camera: str | None = None,
+    bystanders: Collection[str] = (),
+) -> Split:
+    """Divide tracklets by the names of their identities.
+
+    Args:
+        tracklets: All there are, in order.
+        names: Which identities are on which side.
+        name: Of the split.
+        source: Of the split.
+        query_camera: The only camera to search from; any where None.
+        gallery_camera: The only camera to search in; any where None. Where both are None, the same
+            tracklets ask and answer, and the evaluation leaves out what it must.
+        bystanders: Identities that only stand in the gallery, where nobody looks for them.
+    """
+    train, test = frozenset(names.train), frozenset(names.test)
+    present = test | frozenset(bystanders)
+    return Split(
+        name=name,
+        train=tuple(one for one in tracklets if one.identity in train),
+        query=tuple(
+            one for one in tracklets if one.identity in test and query_camera in (None, one.camera)
+        ),
+        gallery=tuple(
+            one
+            for one in tracklets
+            if one.identity in present and gallery_camera in (None, one.camera)
+        ),
+        source=source,
+    )
+
+
+def random_halves(
+    tracklets: Sequence[Tracklet],
+    *,
+    seed: int,
+    splits: int,
+    remark: str = "",
+    query_camera: str | None = None,
+    gallery_camera: str | None = None,
+    distractors: Collection[str] = (),
+) -> tuple[Split, ...]:
+    """Divide the identities that at least two cameras saw into halves, by a seed.
+
+    The others are bystanders of every gallery: without a second camera there is nothing to find.
+    Of an odd number the test side gets one more.
+
+    Args:
+        tracklets: All there are, sorted.
+        seed: Decides the halves, with the number of the split; >= 0.
+        splits: How many divisions, >= 1.
+        remark: Ends the source: why it is not a published split.
+        query_camera: See `divide`.
+        gallery_camera: See `divide`.
+        distractors: Identities that are no person.
+
+    Raises:
+        DatasetError: Fewer than two identities were seen by two cameras.
+        ValueError: ``seed`` or ``splits`` is out of range.
+    """
+    if seed < 0 or splits < 1:
+        raise ValueError(f"expected seed >= 0 and splits >= 1, got {seed} and {splits}")
+    cameras = cameras_of(one for one in tracklets if one.identity not in distractors)
+    usable = [identity for identity, seen in cameras.items() if len(seen) > 1]
+    check_usable(cameras)
+    bystanders = {one.identity for one in tracklets} - set(usable)
+    source = f"random half of {len(usable)} identities, seed {seed}{remark}"
+    drawn = []
+    for number in range(splits):
+        order = np.random.default_rng([seed, STREAM, number]).permutation(len(usable)).tolist()
+        train = {usable[place] for place in order[: len(usable) // 2]}
+        test = [identity for identity in usable if identity not in train]
+        drawn.append(
+            divide(
+                tracklets,
+                Names(tuple(train), tuple(test)),
+                name=str(number),
+                source=source,
+                query_camera=query_camera,
+                gallery_camera=gallery_camera,
+                bystanders=bystanders,
+            )
+        )
+    return tuple(drawn)
+
+
+def check_usable(cameras: Mapping[str, Sequence[str]]) -> None:
+    """Refuse what cannot be trained and evaluated across cameras.
+
+    Args:
+        cameras: Which cameras saw each identity, of `cameras_of`.
+
+    Raises:
+        DatasetError: Fewer than two identities were seen by at least two.
+    """
+    usable = sum(len(seen) > 1 for seen in cameras.values())
+    if usable >= 2:
+        return
+    every = sorted({camera for seen in cameras.values() for camera in seen}, key=natural_key)
+    raise DatasetError(
+        "expected at least 2 identities that at least two cameras saw, to train and evaluate "
+        f"across cameras; got {usable} of {len(cameras):,} identities, "
+        f"{len(every)} camera(s): {shorten(every) or 'none'}"
+    )
+
+
+def divide_parts(
+    train: Sequence[Tracklet],
+    query: Sequence[Tracklet],
+    gallery: Sequence[Tracklet],
+    *,
+    source: str,
+    distractor: str,
+    findings: list[Finding],
+) -> Split:
+    """Make the one division of a set that is published in parts.
+
+    Distractors are neither trained with nor searched for, and training identities need two
+    tracklets. An identity on both sides is a finding.
+    """
+    people = [one for one in train if one.identity != distractor]
+    trained = {one.identity for one in people}
+    tested = {one.identity for one in (*query, *gallery)}
+    findings += [
+        Finding("error", identity, "in the training part and in the test part")
+        for identity in sorted(trained & tested, key=natural_key)
+    ]
+    asked = tuple(one for one in query if one.identity != distractor)
+    return Split("0", drop_singles(people), asked, tuple(gallery), source)
+
+
+def check_parts(split: Split) -> None:
+    """Refuse published parts with nothing to train with or to search with.
+
+    Raises:
+        DatasetError: Two cameras saw fewer than two training identities, or there is no query.
+    """
+    check_usable(cameras_of(split.train))
+    if not split.query:
+        raise DatasetError("expected tracklets to search with in the test part, got none")
+
+
+def drop_singles(tracklets: Sequence[Tracklet]) -> tuple[Tracklet, ...]:
+    """Leave out identities with a single tracklet: they give no positive to train with."""
+    counts: dict[str, int] = defaultdict(int)
+    for one in tracklets:
+        counts[one.identity] += 1
+    return tuple(one for one in tracklets if counts[one.identity] > 1)
+
+
+def check_division(
+    divisions: Sequence[Names], present: Collection[str], *, file: str, root: Path
+) -> None:
+    """Hold a split file against the identities that are there in every camera it needs.
+
+    Raises:
+        DatasetError: An identity is on both sides, twice on one, or absent.
+    """
+    for number, names in enumerate(divisions):
+        both = sorted(set(names.train) & set(names.test), key=natural_key)
+        if both:
+            raise DatasetError(
+                f"{file}: expected nobody on both sides of split {number}, got {shorten(both)}"
+            )
+        for side in (names.train, names.test):
+            if not side or len(set(side)) < len(side):
+                raise DatasetError(
+                    f"{file}: expected different names on each side of split {number}, "
+                    f"got {len(side)} with {len(set(side))} different ones"
+                )
+    if absent := absent_persons(divisions, present):
+        raise DatasetError(
+            f"{file}: expected everybody that it names in both cameras, "
+            f"got {len(absent):,} that are not: {shorten(absent)}; is the copy whole? "
+            f"`passerby check-data {root}` lists what is missing"
+        )
+
+
+def absent_persons(divisions: Iterable[Names], present: Collection[str]) -> list[str]:
+    """Whom a split file names although they are not there, by number."""
+    named = {name for names in divisions for name in (*names.train, *names.test)}
+    return sorted(named - set(present), key=natural_key)
+
+
+def in_both(tracklets: Iterable[Tracklet]) -> list[str]:
+    """Identities that at least two cameras saw, by number."""
+    return [identity for identity, seen in cameras_of(tracklets).items() if len(seen) > 1]
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DatasetError: It cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"expected a JSON file at {path}, got: {error}") from error
+
+
+def parse_names(content: Any, path: Path) -> tuple[Names, ...]:
+    """Take apart a list of ``{"train": [names], "test": [names]}``.
+
+    Raises:
+        DatasetError: It is something else.
+    """
+    if not isinstance(content, list) or not content:
+        raise DatasetError(f"{path.name}: expected a list of splits, got {_kind(content)}")
+    divisions = []
+    for number, one in enumerate(content):
+        sides = [one.get(side) for side in ("train", "test")] if isinstance(one, dict) else [None]
+        if not all(
+            isinstance(side, list) and all(isinstance(name, str) for name in side) for side in sides
+        ):
+            raise DatasetError(
+                f'{path.name}: expected {{"train": [names], "test": [names]}} as split {number}, '
+                f"got {_kind(one)}"
+            )
+        divisions.append(Names(tuple(one["train"]), tuple(one["test"])))
+    return tuple(divisions)
+
+
+def read_matrix(path: Path, key: str) -> NDArray[np.int64]:
+    """Read one matrix of whole numbers from a MATLAB file; nothing in it is executed.
+
+    Args:
+        path: A .mat file of version 4 to 7.
+        key: Name of the matrix.
+
+    Returns:
+        (rows, columns) int64.
+
+    Raises:
+        DatasetError: scipy is not installed, the file cannot be read, or the matrix is absent or
+            holds something else than whole numbers.
+    """
+    try:
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
+    except ImportError as error:
+        raise DatasetError(
+            f"reading {path.name} needs scipy: pip install 'passerby[train]'"
+        ) from error
+    try:
+        found = loadmat(path, variable_names=[key], chars_as_strings=False).get(key)
+    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
+        raise DatasetError(f"expected a MATLAB file at {path}, got: {error}") from error
+    if found is None:
+        raise DatasetError(f"expected a matrix {key!r} in {path}, got none of that name")
+    matrix = np.asarray(found)
+    # Cells and structs come as arrays of objects; whole numbers often as float64.
+    whole = matrix.dtype.kind in "iuf" and matrix.ndim == 2 and matrix.size > 0
+    if not whole or not (matrix == np.floor(matrix)).all():
+        raise DatasetError(
+            f"expected a matrix of whole numbers as {key!r} in {path}, "
+            f"got {matrix.dtype} {matrix.shape}"
+        )
+    return matrix.astype(np.int64)
+
+
+def _kind(content: Any) -> str:
+    if isinstance(content, dict):
+        return f"an object with {shorten([repr(key) for key in content], 3) or 'nothing'}"
+    return "an empty list" if content == [] else f"a {type(content).__name__}"
