@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.datasets.figure import draw_figure
-from model.datasets.filming import OCCLUDER_KINDS, Frames, Occluder, draw_tracklet
+from model.datasets.filming import Conditions, Film, Frames, draw_tracklet
 from model.datasets.folder import read_folder
+from model.datasets.occluders import OCCLUDER_KINDS, PASSING, Occluder, draw_occluder
 from model.datasets.people import Identity, draw_identities, draw_identity, draw_twin
 from model.datasets.scene import FAMILIES
 from model.datasets.synthetic import (
     SyntheticSet,
     draw_camera,
-    draw_occluder,
     draw_set,
     write_folder,
 )
@@ -35,9 +35,11 @@ ANNA, BORIS = draw_identities(2, twin_share=0, seed=1)
 
 
 def shot(identity: Identity = ANNA, *, seed: int = 5, occluder: Occluder | None = None) -> Frames:
-    return draw_tracklet(
-        identity, CAMERA, seed=seed, frames=6, height=64, width=32, occluder=occluder
+    conditions = Conditions(occluder=occluder)
+    film = draw_tracklet(
+        identity, CAMERA, seed=seed, frames=6, height=64, width=32, conditions=conditions
     )
+    return film.frames
 
 
 def digest(config: SyntheticSet) -> str:
@@ -131,9 +133,10 @@ def test_each_number_is_one_person(monkeypatch: pytest.MonkeyPatch) -> None:
     """One person goes to all cameras under one number, and no two numbers are the same person."""
     people: list[Identity] = []
 
-    def spy(identity: Identity, *_: object, **__: object) -> Frames:
+    def spy(identity: Identity, *_: object, **__: object) -> Film:
         people.append(identity)
-        return np.zeros((1, 64, 32, 3), np.uint8)
+        masks = np.zeros((1, 64, 32), np.uint8)
+        return Film(np.zeros((1, 64, 32, 3), np.uint8), masks, (0.0,))
 
     monkeypatch.setattr("model.datasets.synthetic.draw_tracklet", spy)
     list(draw_set(SMALL))
@@ -235,9 +238,9 @@ def test_neighbouring_cameras_see_other_places_in_other_colours() -> None:
 def test_every_kind_of_place_can_be_filmed(family: str) -> None:
     camera = replace(CAMERA, family=family)
 
-    frames = draw_tracklet(ANNA, camera, seed=1, frames=2, height=64, width=32)
+    film = draw_tracklet(ANNA, camera, seed=1, frames=2, height=64, width=32)
 
-    assert top_corners(frames).std() > 4
+    assert top_corners(film.frames).std() > 4
 
 
 @pytest.mark.parametrize("kind", OCCLUDER_KINDS)
@@ -259,7 +262,7 @@ def test_occluders_take_30_to_70_percent_and_people_of_the_pool() -> None:
 
     assert min(shares) >= 0.3
     assert max(shares) <= 0.7
-    assert {one.kind for one in drawn} == set(OCCLUDER_KINDS)
+    assert {one.kind for one in drawn} == set(PASSING)
     assert {one.person for one in drawn} == {ANNA, BORIS, None}
 
 
@@ -321,6 +324,14 @@ def test_a_folder_in_use_is_not_written_into(tmp_path: Path, target: str) -> Non
         ({"twin_share": 1.0}, r"expected a twin share in \[0, 1\), got 1.0"),
         ({"occluded_share": 1.1}, r"expected an occluded share in \[0, 1\], got 1.1"),
         ({"occluded_share": float("nan")}, "got nan"),
+        ({"occluders": ()}, r"expected occluders of .*, got \(\)"),
+        ({"occluders": ("cloud",)}, "expected occluders of .*, got .*cloud"),
+        ({"bad_crop_share": -0.1}, r"expected a bad-crop share in \[0, 1\], got -0.1"),
+        ({"foreign_share": 0.3}, r"expected a foreign share in \[0, 0.25\], got 0.3"),
+        ({"degraded_share": 2}, r"expected a degraded share in \[0, 1\], got 2"),
+        ({"lowest_resolution": 0}, r"expected a resolution in \(0, 1\], got 0"),
+        ({"clutter": -1}, "expected clutter of at least 0, got -1"),
+        ({"jitter": float("inf")}, "expected jitter of at least 0, got inf"),
         ({"seed": -1}, "expected a seed from 0, got -1"),
     ],
 )
@@ -351,7 +362,10 @@ def test_an_impossible_occluder_is_refused(arguments: Any, message: str) -> None
         ({"frames": 0}, "expected at least 1 frame, got 0"),
         ({"seed": -1}, "expected a seed from 0, got -1"),
         ({"height": 8}, "expected frames of at least"),
-        ({"occluder": Occluder("pillar", 0, 4, None, 1)}, "within 4 frames, got 4"),
+        (
+            {"conditions": Conditions(occluder=Occluder("pillar", 0, 4, None, 1))},
+            "within 4 frames, got 4",
+        ),
     ],
 )
 def test_a_tracklet_refuses_what_cannot_be_drawn(change: dict[str, Any], message: str) -> None:
