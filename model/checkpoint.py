@@ -61,7 +61,7 @@ def fingerprint(
     Returns:
         ``trsa-`` and the first 12 hex digits of a SHA-256.
     """
-    digest = hashlib.sha256(_canonical({"network": asdict(config)}).encode())
+    digest = hashlib.sha256(_canonical({"network": _named(config)}).encode())
     digest.update(_canonical({"preprocessing": asdict(preprocessing)}).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu()
@@ -166,6 +166,20 @@ def save_checkpoint(
     return load_checkpoint(path)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file says that it is a Passerby checkpoint; nothing of it is checked.
+
+    Raises:
+        CheckpointError: There is no file.
+    """
+    _require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and check it against its fingerprint.
 
@@ -206,6 +220,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def _preprocessing(values: dict[str, Any]) -> Preprocessing:
     values["mean"], values["std"] = tuple(values["mean"]), tuple(values["std"])
     return Preprocessing(**values)
+
+
+def _named(config: NetworkConfig) -> dict[str, Any]:
+    """What of a configuration names a model.
+
+    Fields that came later are left out at their defaults: a gallery keeps the vectors of the models
+    that it knows under the names that it knows.
+    """
+    values, default = asdict(config), asdict(NetworkConfig())
+    later = ("backbone", "neck")
+    return {n: v for n, v in values.items() if n not in later or v != default[n]}
 
 
 def _canonical(value: object) -> str:

@@ -127,6 +127,7 @@ class Embedder:
         backbone = fold_batch_norm(checkpoint.network.backbone)
         backbone = backbone.to(self.device, DTYPES[self.precision])
         self._network.backbone = backbone.to(memory_format=torch.channels_last)
+        self._network.neck = copy.deepcopy(checkpoint.network.neck).eval().to(self.device)
 
     def describe(self) -> dict[str, Any]:
         """The model as a JSON object: fingerprint, configuration, where and how it runs."""

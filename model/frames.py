@@ -8,6 +8,7 @@ such crops float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from model.errors import InvalidFramesError
 
 Clip = NDArray[np.uint8]
-Sampling = Literal["even", "random", "all"]
+Sampling = Literal["even", "random", "all", "consecutive", "chunks"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 _RESAMPLING = {
@@ -77,7 +78,9 @@ def choose_frames(
             there are fewer. "random" draws ``used`` without replacement, in temporal order, and
             always
             returns ``used``: a shorter tracklet starts again from its first frame. "all" takes all.
-        generator: Source of "random" draws, which need one.
+            "consecutive" draws a run of neighbours, "chunks" one frame of each of ``used`` equal
+            parts; both return ``used`` frames as "random" does.
+        generator: Source of draws; "random", "consecutive" and "chunks" need one.
 
     Returns:
         Indices into the tracklet, ascending but for the wrapped ones.
@@ -92,15 +95,27 @@ def choose_frames(
         raise ValueError(f"used: expected at least 1, got {used}")
     if sampling not in get_args(Sampling):
         raise ValueError(f"sampling: expected {get_args(Sampling)}, got {sampling!r}")
-    if sampling == "random":
-        if generator is None:
-            raise ValueError("random sampling: expected a seeded generator, got None")
-        if received < used:
-            return [position % received for position in range(used)]
-        return sorted(generator.choice(received, size=used, replace=False).tolist())
+    if sampling in ("random", "consecutive", "chunks"):
+        return _draw_frames(received, used, sampling, generator)
     if sampling == "all" or received <= used:
         return list(range(received))
     return [(2 * part + 1) * received // (2 * used) for part in range(used)]
+
+
+def _draw_frames(
+    received: int, used: int, sampling: Sampling, generator: np.random.Generator | None
+) -> list[int]:
+    if generator is None:
+        raise ValueError(f"{sampling} sampling: expected a seeded generator, got None")
+    if received < used:
+        return [position % received for position in range(used)]
+    if sampling == "random":
+        return sorted(generator.choice(received, size=used, replace=False).tolist())
+    if sampling == "consecutive":
+        start = int(generator.integers(received - used + 1))  # the last start may be drawn, too
+        return list(range(start, start + used))
+    edges = [part * received // used for part in range(used + 1)]
+    return [int(generator.integers(low, high)) for low, high in pairwise(edges)]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -189,13 +204,21 @@ def read_clip(
     Raises:
         InvalidFramesError: There is no frame, or one cannot be decoded.
     """
-    clip = []
-    for position in choose_frames(len(frames), used, sampling, generator):
-        try:
-            with Image.open(frames[position]) as image:
-                clip.append(prepare_frame(image, preprocessing))
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
-            raise InvalidFramesError(
-                f"expected an image, could not decode {frames[position]}"
-            ) from error
-    return np.stack(clip)
+    positions = choose_frames(len(frames), used, sampling, generator)
+    return np.stack([read_frame(frames[position], preprocessing) for position in positions])
+
+
+def read_frame(path: Path, preprocessing: Preprocessing) -> Clip:
+    """Decode and prepare one frame on disk.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+
+    Raises:
+        InvalidFramesError: It cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return prepare_frame(image, preprocessing)
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
+        raise InvalidFramesError(f"expected an image, could not decode {path}") from error

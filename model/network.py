@@ -10,7 +10,7 @@ embedding.
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Literal, get_args, overload
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from model.errors import InvalidFramesError
 
 Attention = Literal["softmax", "mean", "l1", "none"]
 Pool = Literal["sum", "mean"]
-EMBEDDING_DIM = 2048
+Backbone = Literal["resnet50", "conv5"]
+EMBEDDING_DIM = {"resnet50": 2048, "conv5": 256}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +33,27 @@ class NetworkConfig:
         temperature: What R is divided by before the softmax; 1 is the printed Eq. 2.
         pool: "sum" weighs the cells and adds them up; "mean" also divides by their number, as Fig.
         1 prints.
+        backbone: "resnet50" is the paper's. "conv5" is a small stand-in for experiments on a CPU:
+            five convolutions, 256 channels, stride 4 in all, so that 64x32 pixels make
+            16x8 cells, too.
+        neck: Whether embeddings pass a batch normalisation without bias ("BNNeck"). In training
+            only the classifier sees its output; an embedding that is served or evaluated is
+            the normalised one. Not in the paper.
     """
 
     attention: Attention = "softmax"
     temperature: float | Literal["std"] = "std"
     pool: Pool = "sum"
+    backbone: Backbone = "resnet50"
+    neck: bool = False
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(Attention):
             raise ValueError(f"attention: expected {get_args(Attention)}, got {self.attention!r}")
         if self.pool not in get_args(Pool):
             raise ValueError(f"pool: expected {get_args(Pool)}, got {self.pool!r}")
+        if self.backbone not in get_args(Backbone):
+            raise ValueError(f"backbone: expected {get_args(Backbone)}, got {self.backbone!r}")
         if isinstance(self.temperature, str):
             positive = self.temperature == "std"
         else:
@@ -53,14 +64,18 @@ class NetworkConfig:
             )
 
 
-def build_backbone() -> nn.Sequential:
-    """The ResNet-50 of torchvision up to its last feature map, with the last stage at stride 1.
+def build_backbone(name: Backbone = "resnet50") -> nn.Sequential:
+    """What makes feature maps of frames.
 
+    "resnet50" is that of torchvision up to its last feature map, with the last stage at stride 1.
     Children keep torchvision's names, so a torchvision state dict without ``fc`` loads as it is.
 
     Returns:
-        A module from (B, 3, 256, 128) to (B, 2048, 16, 8), 23,508,032 parameters.
+        A module from (B, 3, 256, 128) to (B, 2048, 16, 8), 23,508,032 parameters; for "conv5" from
+        (B, 3, 64, 32) to (B, 256, 16, 8), 219,104 parameters. Features are non-negative.
     """
+    if name == "conv5":
+        return _build_conv5()
     resnet: ResNet = resnet50()
     # The stride of a bottleneck sits in its 3x3 convolution and in its shortcut.
     last_stage = resnet.layer4[0]
@@ -70,6 +85,22 @@ def build_backbone() -> nn.Sequential:
         (name, child) for name, child in resnet.named_children() if name not in ("avgpool", "fc")
     ]
     return nn.Sequential(OrderedDict(kept))
+
+
+def _build_conv5() -> nn.Sequential:
+    layers: list[tuple[str, nn.Module]] = []
+    widths, strides, kernels = (3, 32, 64, 96, 128, 256), (2, 2, 1, 1, 1), (3, 3, 3, 3, 1)
+    for number, (stride, kernel) in enumerate(zip(strides, kernels, strict=True), start=1):
+        convolution = nn.Conv2d(
+            widths[number - 1], widths[number], kernel, stride, kernel // 2, bias=False
+        )
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        layers += [
+            (f"conv{number}", convolution),
+            (f"bn{number}", nn.BatchNorm2d(widths[number])),
+            (f"relu{number}", nn.ReLU(inplace=True)),
+        ]
+    return nn.Sequential(OrderedDict(layers))
 
 
 class SpatialAttention(nn.Module):
@@ -187,6 +218,20 @@ def pool_frames(frames: Tensor, mask: Tensor | None = None) -> Tensor:
     return kept.sum(dim=1) / weight.sum(dim=1)
 
 
+class Encoded(NamedTuple):
+    """Everything that training wants to know of a batch of clips.
+
+    Args:
+        embeddings: Tracklet embeddings before any neck, (B, D) float32.
+        frames: Frame embeddings before any neck, (B, T, D) float32.
+        attention: (B, T, H, W) float32, each map sums to 1.
+    """
+
+    embeddings: Tensor
+    frames: Tensor
+    attention: Tensor
+
+
 class TrackletNet(nn.Module):
     """Frames of tracklets in, one embedding each out.
 
@@ -201,9 +246,13 @@ class TrackletNet(nn.Module):
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
         self.config = config or NetworkConfig()
-        self.dim = EMBEDDING_DIM
-        self.backbone = build_backbone()
+        self.dim = EMBEDDING_DIM[self.config.backbone]
+        self.backbone = build_backbone(self.config.backbone)
         self.attention = SpatialAttention(self.config.temperature, self.config.attention)
+        self.neck: nn.Module = nn.Identity()
+        if self.config.neck:
+            self.neck = nn.BatchNorm1d(self.dim)
+            self.neck.bias.requires_grad = False
 
     def embed_frames(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Embed single frames, whichever tracklets they belong to.
@@ -214,9 +263,31 @@ class TrackletNet(nn.Module):
         Returns:
             Frame embeddings (N, D) float32 and attention (N, H, W) float32.
         """
-        features = self.backbone(frames)  # (N, 2048, height/16, width/16)
+        embeddings, attention = self._pool(frames)  # (N, D), (N, H, W)
+        # In eval mode the neck is affine, so it may as well stand before the temporal average.
+        return embeddings if self.training else self.neck(embeddings), attention
+
+    def _pool(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone(frames)  # (N, D, H, W); ResNet-50: (N, 2048, height/16, width/16)
         attention = self.attention(features)  # (N, H, W)
         return pool_cells(features, attention, self.config.pool), attention
+
+    def encode(self, clips: Tensor, mask: Tensor | None = None) -> Encoded:
+        """Encode clips for training: all that the losses see, before any neck.
+
+        Args:
+            clips: (B, T, 3, height, width), RGB, normalised by `model.frames`.
+            mask: (B, T) bool, True where a frame exists; all exist where None.
+
+        Raises:
+            InvalidFramesError: ``clips`` or ``mask`` has another shape, or a tracklet has no frame.
+        """
+        _check_clips(clips)
+        frames, attention = self._pool(clips.flatten(0, 1))  # (B*T, D), (B*T, H, W)
+        per_tracklet = clips.shape[:2]
+        frames = frames.view(*per_tracklet, -1)  # (B, T, D)
+        attention = attention.view(*per_tracklet, *attention.shape[1:])  # (B, T, H, W)
+        return Encoded(pool_frames(frames, mask), frames, attention)
 
     @overload
     def forward(self, clips: Tensor, mask: Tensor | None = None) -> Tensor: ...
@@ -246,13 +317,17 @@ class TrackletNet(nn.Module):
         Raises:
             InvalidFramesError: ``clips`` or ``mask`` has another shape, or a tracklet has no frame.
         """
-        if clips.ndim != 5 or clips.shape[2] != 3 or clips.shape[1] == 0:
-            raise InvalidFramesError(
-                f"expected clips (B, T >= 1, 3, height, width), got shape {tuple(clips.shape)}"
-            )
+        _check_clips(clips)
         frames, attention = self.embed_frames(clips.flatten(0, 1))  # (B*T, D), (B*T, H, W)
         per_tracklet = clips.shape[:2]
         embeddings = pool_frames(frames.view(*per_tracklet, -1), mask)  # (B, D)
         if return_attention:
             return embeddings, attention.view(*per_tracklet, *attention.shape[1:])  # (B, T, H, W)
         return embeddings
+
+
+def _check_clips(clips: Tensor) -> None:
+    if clips.ndim != 5 or clips.shape[2] != 3 or clips.shape[1] == 0:
+        raise InvalidFramesError(
+            f"expected clips (B, T >= 1, 3, height, width), got shape {tuple(clips.shape)}"
+        )

@@ -12,6 +12,7 @@ from PIL import Image
 from model.errors import InvalidFramesError
 from model.frames import (
     Preprocessing,
+    Sampling,
     choose_frames,
     normalise,
     prepare_frame,
@@ -119,6 +120,46 @@ def test_shrinking_filters_against_aliasing() -> None:
 
     assert abs(int(frame.min()) - 127) <= 4
     assert abs(int(frame.max()) - 128) <= 4
+
+
+@pytest.mark.parametrize("sampling", ["random", "consecutive", "chunks"])
+@pytest.mark.parametrize("received", [1, 4, 15, 16, 40])
+def test_every_draw_returns_as_many_frames_as_asked(sampling: Sampling, received: int) -> None:
+    rng = np.random.default_rng(0)
+
+    for _ in range(50):
+        chosen = choose_frames(received, 15, sampling, rng)
+        assert len(chosen) == 15
+        assert set(chosen) <= set(range(received))
+        if received >= 15:
+            assert chosen == sorted(set(chosen))
+
+
+def test_a_consecutive_run_may_begin_anywhere_it_fits() -> None:
+    """Public code never draws the last starts."""
+    rng = np.random.default_rng(0)
+
+    starts = set()
+    for _ in range(300):
+        chosen = choose_frames(20, 15, "consecutive", rng)
+        assert chosen == list(range(chosen[0], chosen[0] + 15))
+        starts.add(chosen[0])
+
+    assert starts == set(range(6))
+
+
+def test_chunks_take_one_frame_of_each_part() -> None:
+    rng = np.random.default_rng(0)
+
+    for _ in range(50):
+        chosen = choose_frames(30, 15, "chunks", rng)
+        assert [position // 2 for position in chosen] == list(range(15))
+
+
+@pytest.mark.parametrize("sampling", ["random", "consecutive", "chunks"])
+def test_a_draw_needs_a_seeded_generator(sampling: Sampling) -> None:
+    with pytest.raises(ValueError, match=f"{sampling} sampling: expected a seeded generator"):
+        choose_frames(20, 15, sampling)
 
 
 def test_normalising_matches_its_formula_channel_by_channel() -> None:
