@@ -1,6 +1,5 @@
 """How long the network takes for one 15-frame tracklet and for batches of them, side by side.
 
-    .venv/bin/pip install --constraint constraints.txt --editable '.[cpu,dev,bench]'
     .venv/bin/python -m bench.embed
 
 Every way to run the network takes its turn in each round, so that a machine that slows down slows

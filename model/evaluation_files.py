@@ -1,0 +1,120 @@
+"""What an evaluation keeps on disk, so that an interrupted one goes on: embeddings and results."""
+
+import json
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import EvaluationError
+
+Vectors = NDArray[np.float32]
+SAVE_EVERY_S = 60.0
+
+
+@contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which then takes the name; what was there survives a failure.
+
+    Raises:
+        EvaluationError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".aside-") as folder:
+            draft = Path(folder) / path.name
+            yield draft
+            draft.replace(path)
+    except OSError as error:
+        raise EvaluationError(
+            f"could not write {path}: {error.strerror or error}; what was written before is still "
+            "there, and the same command goes on from it"
+        ) from error
+
+
+def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        EvaluationError: It cannot be written.
+    """
+    text = json.dumps(values, indent=indent, allow_nan=False)
+    with write_aside(path) as draft:
+        draft.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read what `write_json` wrote; None where there is nothing, or nothing of that kind."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+class EmbeddingCache:
+    """Embeddings of one data set under one checkpoint and one choice of frames.
+
+    They are saved now and then while they come in, so that an interruption costs a minute at most.
+
+    Args:
+        path: An .npz file, read without unpickling anything; a damaged one counts as none.
+        save_every_s: Seconds between saves.
+    """
+
+    def __init__(self, path: Path, *, save_every_s: float = SAVE_EVERY_S) -> None:
+        self.path = path
+        self._save_every_s = save_every_s
+        self._saved_at = time.monotonic()
+        self._changed = False
+        self.embeddings: dict[str, Vectors] = self._load()
+
+    def add(self, name: str, embedding: Vectors) -> None:
+        """Take an embedding, (D,) float32, and save if it is time.
+
+        Raises:
+            EvaluationError: The file cannot be written.
+        """
+        self.embeddings[name] = embedding
+        self._changed = True
+        if time.monotonic() - self._saved_at > self._save_every_s:
+            self.save()
+
+    def save(self) -> None:
+        """Write what has come in.
+
+        Raises:
+            EvaluationError: The file cannot be written.
+        """
+        if not self._changed:
+            return
+        # As bytes: file names need not be text, and NumPy's text drops trailing zeros.
+        names = [os.fsencode(name) for name in self.embeddings]
+        lengths = np.array([len(name) for name in names], np.int64)
+        letters = np.frombuffer(b"".join(names), np.uint8)
+        vectors = np.stack(list(self.embeddings.values()))
+        with write_aside(self.path) as draft, draft.open("wb") as file:
+            np.savez(file, lengths=lengths, names=letters, embeddings=vectors)
+        self._changed = False
+        self._saved_at = time.monotonic()
+
+    def _load(self) -> dict[str, Vectors]:
+        try:
+            # Opened here, because NumPy leaves a damaged file open.
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                lengths, letters, vectors = file["lengths"], file["names"], file["embeddings"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return {}
+        ends = np.cumsum(lengths)
+        if len(lengths) != len(vectors) or letters.size != lengths.sum():
+            return {}
+        text = letters.tobytes()
+        names = [os.fsdecode(text[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
+        return dict(zip(names, vectors, strict=True))

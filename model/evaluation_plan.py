@@ -1,0 +1,356 @@
+"""What an evaluation consists of, planned before any work: checkpoints, splits, who was seen.
+
+A *unit* is one checkpoint on one split (and with one seed, where frames are drawn).
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import load_checkpoint
+from model.datasets.tracklets import Dataset, Split, natural_key
+from model.embedder import Precision, choose_device, choose_precision
+from model.errors import EvaluationError
+from model.evaluation import (
+    ClipChoice,
+    ProtocolName,
+    plan_comparisons,
+    resolve_protocol,
+    tracklet_name,
+)
+from model.runs import FACTS, PRODUCT
+
+FORMAT = "passerby-evaluation-1"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """How to evaluate.
+
+    Args:
+        choice: Which frames of a tracklet are used.
+        protocol: What is compared with what; "auto" follows the layout.
+        rerank: Whether to re-rank by k-reciprocal neighbours.
+        unit: Whether embeddings are scaled to length 1 first, so that distances rank as cosines.
+        allow_seen: Whether to go on where a checkpoint was trained on who is tested.
+    """
+
+    choice: ClipChoice = field(default_factory=ClipChoice)
+    protocol: ProtocolName = "auto"
+    rerank: bool = False
+    unit: bool = False
+    allow_seen: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What to evaluate on what.
+
+    Args:
+        source: A checkpoint file, evaluated on every split asked for; a run folder, evaluated on
+            the split it was trained on; or a folder of run folders, each on its own.
+        dataset: The data.
+        fingerprint: Of the data, from `model.datasets.layouts.fingerprint_dataset`.
+        output: Folder to write to; an evaluation that is there goes on.
+        options: How.
+        splits: Names of the splits asked for; None for all.
+        seeds: Of drawn frames; more than one only with ``frames="random"``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: Of the backbone.
+    """
+
+    source: Path
+    dataset: Dataset
+    fingerprint: str
+    output: Path
+    options: EvaluationOptions = field(default_factory=EvaluationOptions)
+    splits: Sequence[str] | None = None
+    seeds: Sequence[int] = (0,)
+    device: str = "auto"
+    precision: Precision = "auto"
+
+    @cached_property
+    def protocol(self) -> str:
+        """What the protocol asked for means for this data."""
+        return resolve_protocol(self.dataset.layout, self.options.protocol)
+
+    @cached_property
+    def resolved_precision(self) -> str:
+        """What the precision asked for means for this device."""
+        return choose_precision(self.precision, choose_device(self.device))
+
+
+class EvaluationListener:
+    """Hears of an evaluation; this one ignores it."""
+
+    def progress(self, done: int, total: int) -> None:
+        """After each tracklet that had to be embedded, and at the start with 0."""
+
+    def said(self, text: str) -> None:
+        """Something worth a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A checkpoint that is evaluated, without its weights.
+
+    Args:
+        name: Of its file or of its run folder.
+        path: Its file.
+        fingerprint: The model's.
+        provenance: What the file says about its weights.
+        network: Its configuration.
+        is_run: Whether it stands in a run folder, and so has a split of its own.
+    """
+
+    name: str
+    path: Path
+    fingerprint: str
+    provenance: Mapping[str, Any]
+    network: Mapping[str, Any]
+    is_run: bool
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What the checkpoint says about the data that it was trained on."""
+        data = self.provenance.get("data")
+        return data if isinstance(data, Mapping) else {}
+
+    @property
+    def trainings(self) -> list[Mapping[str, Any]]:
+        """What it says about every training that its weights have been through, the last first."""
+        found = [self.data]
+        start = self.provenance.get("start")
+        while isinstance(start, Mapping):
+            data = start.get("data")
+            found += [data] if isinstance(data, Mapping) else []
+            start = start.get("start")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One checkpoint on one split with one seed.
+
+    Args:
+        subject: Which checkpoint.
+        split: Which split.
+        seed: Of the training, for a run; else of drawn frames.
+        frame_seed: Of drawn frames.
+        seen: Tested identities that the checkpoint was trained on.
+        file: Name of its file in the folder of units.
+        key: All that decides its outcome.
+    """
+
+    subject: Subject
+    split: Split
+    seed: int
+    frame_seed: int
+    seen: tuple[str, ...]
+    file: str
+    key: dict[str, Any]
+
+
+def read_choice(text: str) -> list[str]:
+    """Read a choice of splits like ``0``, ``0,3`` or ``0-9``, each once, in order.
+
+    Raises:
+        EvaluationError: It names none.
+    """
+    names: list[str] = []
+    for part in filter(None, (one.strip() for one in text.split(","))):
+        bounds = re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6})", part)
+        if bounds:
+            names += [str(number) for number in range(int(bounds[1]), int(bounds[2]) + 1)]
+        else:
+            names.append(part)
+    if not names:
+        raise EvaluationError(f"expected a choice like 0, 0,3 or 0-9, got {text!r}")
+    return list(dict.fromkeys(names))
+
+
+def read_seeds(text: str) -> list[int]:
+    """Read a choice of seeds like ``0``, ``0,3`` or ``0-9``.
+
+    Raises:
+        EvaluationError: It holds none, or something that is no number.
+    """
+    names = read_choice(text)
+    if not all(name.isdecimal() for name in names):
+        raise EvaluationError(f"expected seeds like 0, 0,3 or 0-9, got {text!r}")
+    return [int(name) for name in names]
+
+
+def plan_units(task: EvaluationTask, listener: EvaluationListener | None = None) -> list[Unit]:
+    """Find what is to be evaluated, and refuse before any work what cannot be.
+
+    Raises:
+        CheckpointError: A checkpoint is missing, damaged or of another architecture.
+        EvaluationError: A split asked for is not there, a run has no split here, or a checkpoint
+            was trained on who is tested.
+    """
+    chosen = _choose_splits(task)
+    if not task.seeds or (len(set(task.seeds)) > 1 and task.options.choice.frames != "random"):
+        raise EvaluationError(
+            f"expected one seed, got {len(set(task.seeds))}: with frames "
+            f"{task.options.choice.frames!r} nothing is drawn; several need --frames random"
+        )
+    units = []
+    for subject in find_subjects(task.source, listener or EvaluationListener()):
+        splits = chosen
+        if subject.is_run:
+            splits = [one for one in [_own_split(subject, task.dataset)] if one in chosen]
+        units += [
+            _plan_unit(task, subject, split, seed)
+            for split in splits
+            for seed in dict.fromkeys(task.seeds)
+        ]
+    if not units:
+        raise EvaluationError(
+            f"expected runs on the splits {', '.join(one.name for one in chosen)}, "
+            f"got none in {task.source}"
+        )
+    return units
+
+
+def find_subjects(source: Path, listener: EvaluationListener) -> list[Subject]:
+    """Find the checkpoints of a file, a run folder or a folder of run folders.
+
+    Raises:
+        CheckpointError: A checkpoint is missing, damaged or of another architecture.
+        EvaluationError: There is no finished run, or the runs are of several recipes.
+    """
+    if not source.is_dir():
+        return [_subject(source, source.stem, is_run=False)]
+    if (source / FACTS).is_file():
+        return [_subject(source / PRODUCT, source.resolve().name, is_run=True)]
+    runs = sorted(
+        (one for one in source.iterdir() if (one / FACTS).is_file()),
+        key=lambda one: natural_key(one.name),
+    )
+    finished = [one for one in runs if (one / PRODUCT).is_file()]
+    for run in runs:
+        if run not in finished:
+            listener.said(f"left out, because it is not finished: {run}")
+    if not finished:
+        raise EvaluationError(
+            f"expected a checkpoint, a run folder or a folder of finished runs, got {source} with "
+            f"{len(runs)} unfinished runs in it"
+        )
+    subjects = [_subject(one / PRODUCT, one.name, is_run=True) for one in finished]
+    first = subjects[0]
+    for other in subjects[1:]:
+        if other.provenance.get("recipe") != first.provenance.get("recipe"):
+            raise EvaluationError(
+                f"expected runs of one recipe, because their figures are averaged, got another "
+                f"recipe in {other.name} than in {first.name}"
+            )
+    return subjects
+
+
+def seen_identities(subject: Subject, task: EvaluationTask, split: Split) -> tuple[str, ...]:
+    """Return the tested identities that a checkpoint was trained on, by what it says itself.
+
+    The same layout counts, too: a data set from which a file was lost, or of which another half
+    was drawn, has another fingerprint but the same people.
+    """
+    trained: set[str] = set()
+    for data in subject.trainings:
+        same = data.get("fingerprint") == task.fingerprint
+        if same or data.get("layout") == task.dataset.layout:
+            trained |= _identities(data)
+    tested = {one.identity for one in split.query}
+    return tuple(sorted(tested & trained, key=natural_key))
+
+
+def _identities(data: Mapping[str, Any]) -> set[str]:
+    identities = data.get("train_identities")
+    return {str(one) for one in identities} if isinstance(identities, list) else set()
+
+
+def _subject(path: Path, name: str, *, is_run: bool) -> Subject:
+    if is_run and not path.is_file():
+        raise EvaluationError(
+            f"expected a finished run with {PRODUCT} in it, got {path.parent} without one; "
+            "`passerby train` goes on with it"
+        )
+    checkpoint = load_checkpoint(path)  # all of it: a damaged file shows before any work
+    network = asdict(checkpoint.network.config)
+    return Subject(name, path, checkpoint.fingerprint, checkpoint.provenance, network, is_run)
+
+
+def _choose_splits(task: EvaluationTask) -> list[Split]:
+    known = {split.name: split for split in task.dataset.splits}
+    if task.splits is None:
+        return list(known.values())
+    if not task.splits:
+        raise EvaluationError("expected at least one split, got an empty choice")
+    unknown = [name for name in task.splits if name not in known]
+    if unknown:
+        raise EvaluationError(
+            f"expected splits among {', '.join(known)}, got {', '.join(unknown)}; the splits are "
+            f"{next(iter(known.values())).source}"
+        )
+    return [known[name] for name in task.splits]
+
+
+def _own_split(subject: Subject, dataset: Dataset) -> Split:
+    """The split that a run was trained on; its training identities must be the very same."""
+    name, source = subject.data.get("split"), subject.data.get("source")
+    trained = _identities(subject.data)
+    for split in dataset.splits:
+        identities = {one.identity for one in split.train}
+        if (split.name, split.source, identities) == (name, source, trained):
+            return split
+    raise EvaluationError(
+        f"expected the split that {subject.name} was trained on ({name!r}, {source}), got a data "
+        f"set whose splits are {dataset.splits[0].source}; give the run's {PRODUCT} itself to "
+        "evaluate it on other data, or the same --split-seed as in training"
+    )
+
+
+def _plan_unit(task: EvaluationTask, subject: Subject, split: Split, frame_seed: int) -> Unit:
+    plan_comparisons(split, task.protocol)  # refuses what cannot be evaluated
+    seen = seen_identities(subject, task, split)
+    if seen and not task.options.allow_seen:
+        raise EvaluationError(
+            f"{subject.name} was trained on {len(seen)} of the "
+            f"{len({one.identity for one in split.query})} identities that split {split.name} "
+            f"tests ({', '.join(seen[:3])}{', ...' if len(seen) > 3 else ''}): expected people it "
+            "has never seen. Give its run folder to evaluate the split it was trained on, choose "
+            "others with --splits, or say --allow-seen, and the results will say so, too"
+        )
+    drawn = task.options.choice.frames == "random"
+    trained = subject.data.get("seed")
+    seed = trained if subject.is_run and isinstance(trained, int) else frame_seed
+    draw = f"-frames-{frame_seed}" if drawn else ""
+    file = re.sub(r"[^A-Za-z0-9._-]", "_", f"{subject.name}-split-{split.name}{draw}") + ".json"
+    frame_seed = frame_seed if drawn else 0
+    key = _unit_key(task, subject, split) | {"seed": seed, "frame_seed": frame_seed}
+    return Unit(subject, split, seed, frame_seed, seen, file, key)
+
+
+def _unit_key(task: EvaluationTask, subject: Subject, split: Split) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for side in (split.query, split.gallery):
+        digest.update(
+            b"\0" + b"\n".join(tracklet_name(one).encode(errors="replace") for one in side)
+        )
+    return {
+        "format": FORMAT,
+        "checkpoint": subject.fingerprint,
+        "data": task.fingerprint,
+        "split": split.name,
+        "source": split.source,
+        "tracklets": digest.hexdigest()[:12],
+        "protocol": task.protocol,
+        "frames": task.options.choice.frames,
+        "clip_frames": task.options.choice.clip_frames,
+        "reranked": task.options.rerank,
+        "unit": task.options.unit,
+        "precision": task.resolved_precision,
+    }

@@ -1,0 +1,184 @@
+"""Batches of augmented clips, decoded ahead of the network."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.augmentation import AugmentationConfig, augment
+from model.datasets.tracklets import Tracklet, natural_key
+from model.errors import DatasetError, InvalidFramesError
+from model.frames import Clip, Preprocessing, choose_frames, read_frame
+from model.recipe import BatchConfig
+from model.samplers import PKSampler
+
+_STREAM = 2  # see `model.samplers.STREAM`
+_MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """P identities with K tracklets each, as the network takes them.
+
+    Args:
+        clips: (B, T, H, W, 3) uint8 RGB, B = P * K.
+        labels: (B,) int64, numbers of the training identities.
+        tracklets: B numbers of tracklets.
+        positions: For each tracklet the numbers of its T frames.
+    """
+
+    clips: Tensor
+    labels: Tensor
+    tracklets: list[int]
+    positions: list[list[int]]
+
+
+class FrameStore:
+    """Prepared frames, kept in memory where all of them fit.
+
+    Args:
+        paths: Every frame that may be asked for.
+        preprocessing: What they go through.
+        limit_bytes: Keep nothing if all of them together need more; by default a quarter of this
+            machine's memory.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], preprocessing: Preprocessing, limit_bytes: int | None = None
+    ) -> None:
+        limit = _memory_bytes() * _MEMORY_SHARE if limit_bytes is None else limit_bytes
+        self._paths = paths
+        self._preprocessing = preprocessing
+        self._kept: dict[Path, Clip] = {}
+        self.keeps = len(paths) * preprocessing.height * preprocessing.width * 3 <= limit
+
+    def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Decode everything now, if it is kept: what cannot be decoded then shows before training.
+
+        Raises:
+            DatasetError: Some frames cannot be decoded; the first of them are named.
+        """
+        if not self.keeps:
+            return
+        broken = []
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for done, (path, frame) in enumerate(
+                zip(self._paths, threads.map(self._try, self._paths), strict=True), start=1
+            ):
+                if frame is None:
+                    broken.append(path)
+                else:
+                    self._kept[path] = frame
+                if progress is not None:
+                    progress(done, len(self._paths))
+        if broken:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            names = ", ".join(str(path) for path in broken[:3])
+            raise DatasetError(
+                f"expected images, could not decode {names}{more}; `passerby check-data` lists them"
+            )
+
+    def read(self, path: Path) -> Clip:
+        """One prepared frame, (H, W, 3) uint8 RGB.
+
+        Raises:
+            InvalidFramesError: It cannot be decoded.
+        """
+        kept = self._kept.get(path)
+        return read_frame(path, self._preprocessing) if kept is None else kept
+
+    def _try(self, path: Path) -> Clip | None:
+        try:
+            return read_frame(path, self._preprocessing)
+        except InvalidFramesError:
+            return None
+
+
+class ClipLoader:
+    """Reads, augments and stacks what the sampler draws.
+
+    Every draw depends on the seed and on where in the run a tracklet stands, and on nothing else:
+    however many threads read, and wherever a run is taken up again, batches are the same.
+
+    Args:
+        tracklets: Of the training identities.
+        sampler: Draws from them.
+        store: Where their frames come from.
+        batch: Frames per tracklet and how they are chosen.
+        augmentation: What is done to them.
+        workers: Threads; by default as many as cores.
+    """
+
+    def __init__(
+        self,
+        tracklets: Sequence[Tracklet],
+        sampler: PKSampler,
+        store: FrameStore,
+        batch: BatchConfig,
+        augmentation: AugmentationConfig,
+        *,
+        workers: int | None = None,
+    ) -> None:
+        self._tracklets = tracklets
+        self._sampler = sampler
+        self._store = store
+        self._batch = batch
+        self._augmentation = augmentation
+        self._workers = workers or os.cpu_count() or 1
+        self.labels = identity_labels(tracklets)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, first: int = 0) -> Generator[Batch]:
+        """The batches of an epoch, from one of them on.
+
+        Raises:
+            InvalidFramesError: A frame cannot be decoded.
+        """
+        drawn = self._sampler.batches(epoch)
+        waiting: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(self._workers) as threads:
+            try:
+                for step in range(first, len(drawn)):
+                    waiting.append(threads.submit(self.load, drawn[step], epoch, step))
+                    if len(waiting) > self._workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def load(self, numbers: list[int], epoch: int, step: int) -> Batch:
+        """Load one batch of tracklets, given by their numbers."""
+        clips, positions = [], []
+        first = self._sampler.rank * len(numbers)
+        for slot, number in enumerate(numbers, start=first):
+            rng = np.random.default_rng([self._sampler.seed, _STREAM, epoch, step, slot])
+            frames = self._tracklets[number].frames
+            chosen = choose_frames(len(frames), self._batch.frames, self._batch.sampling, rng)
+            # "even" returns fewer where there are fewer; a batch needs as many of each.
+            chosen = [chosen[place % len(chosen)] for place in range(self._batch.frames)]
+            clip = np.stack([self._store.read(frames[position]) for position in chosen])
+            clips.append(augment(clip, self._augmentation, rng))
+            positions.append(chosen)
+        labels = [self.labels[self._tracklets[number].identity] for number in numbers]
+        return Batch(torch.from_numpy(np.stack(clips)), torch.tensor(labels), numbers, positions)
+
+
+def identity_labels(tracklets: Sequence[Tracklet]) -> dict[str, int]:
+    """Number the identities, in natural order."""
+    identities = sorted({tracklet.identity for tracklet in tracklets}, key=natural_key)
+    return {identity: number for number, identity in enumerate(identities)}
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,289 @@
+"""A recipe: everything that decides what a training run does, in one TOML file.
+
+One typed schema; a key that it does not know, or a value of another type, is an error. A run keeps
+its recipe, and the checkpoint that it makes carries it.
+"""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from model.augmentation import AugmentationConfig
+from model.distillation import DistillationConfig
+from model.embedder import Precision
+from model.errors import RecipeError
+from model.frames import Preprocessing
+from model.losses import LossConfig
+from model.network import NetworkConfig
+
+BUNDLED = Path(__file__).parent / "recipes"
+RANDOM_START = "random"
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Which data a recipe is for.
+
+    Args:
+        layout: A layout of `model.datasets.layouts`, or "auto" to recognise it.
+        prid_subset: Of PRID-2011: "178" identities of the published split file, or "all200".
+    """
+
+    layout: Literal["auto", "folder", "ilids-vid", "prid-2011", "mars", "market-1501"] = "auto"
+    prid_subset: Literal["178", "all200"] = "178"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """What a batch is made of.
+
+    Args:
+        identities: P, of one rank.
+        tracklets: K, of each identity.
+        frames: T, of each tracklet.
+        sampling: How they are chosen, see `model.frames.choose_frames`.
+        accumulate: Batches whose gradients are averaged for one step. Hard mining stays within
+            each batch.
+    """
+
+    identities: int = 8
+    tracklets: int = 2
+    frames: int = 15
+    sampling: Literal["random", "consecutive", "chunks", "even"] = "random"
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("identities", 2), ("tracklets", 2), ("frames", 1), ("accumulate", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimiserConfig:
+    """Adam and its schedule; an epoch is one pass over the training identities.
+
+    Args:
+        epochs: How many.
+        rate: Learning rate.
+        decay: Weight decay, added to the gradient (L2).
+        milestones: Epochs from which on the rate is multiplied by ``factor`` once more.
+        factor: See there.
+        warmup_epochs: Epochs over which the rate rises linearly from a tenth; 0 for none.
+        clip_norm: Largest norm of the gradient; 0 for no limit.
+        ema: Decay of an exponential moving average of the weights, which is then what is kept; 0
+            for none.
+        precision: Of the backbone; attention, distances and losses are always float32.
+        sync_batch_norm: Whether batch statistics are those of all ranks.
+    """
+
+    epochs: int = 600
+    rate: float = 3e-4
+    decay: float = 5e-4
+    milestones: tuple[int, ...] = (200, 400)
+    factor: float = 0.1
+    warmup_epochs: int = 0
+    clip_norm: float = 0.0
+    ema: float = 0.0
+    precision: Precision = "auto"
+    sync_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs: expected at least 1, got {self.epochs}")
+        if self.rate <= 0:
+            raise ValueError(f"rate: expected a positive number, got {self.rate}")
+        for name in ("decay", "warmup_epochs", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: expected ascending epochs, got {self.milestones}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+
+    def rate_at(self, epoch: int, progress: float = 0.0) -> float:
+        """The learning rate in an epoch.
+
+        Args:
+            epoch: From 0.
+            progress: How much of it is done, in [0, 1); only warm-up changes within an epoch.
+        """
+        rate = self.rate * self.factor ** sum(epoch >= milestone for milestone in self.milestones)
+        if epoch < self.warmup_epochs:
+            rate *= 0.1 + 0.9 * (epoch + progress) / self.warmup_epochs
+        return rate
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorConfig:
+    """What is measured while training goes on. Nothing is chosen by it: the last weights are kept.
+
+    Args:
+        every_epochs: Epochs between evaluations on the split's test identities; 0 for none.
+        frames: Frames of a tracklet in them.
+    """
+
+    every_epochs: int = 0
+    frames: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A whole training run but for where its data lie.
+
+    Args:
+        name: Of the recipe.
+        description: For people.
+        start: Weights to begin with: "random"; a ResNet-50 with torchvision's names or a
+            checkpoint of ours, by path; or "IMAGENET1K_V1", which downloads torchvision's.
+        data: See the class of each; a table of the same name in the file.
+    """
+
+    name: str
+    description: str = ""
+    start: str = RANDOM_START
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    distillation: DistillationConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss.identity == "none" and not self.loss.triplet and (self.distillation is None):
+            raise ValueError(
+                "loss: expected an identity loss, a triplet loss or a teacher, got none"
+            )
+
+
+def bundled_recipes() -> list[str]:
+    """Names of the recipes that come with Passerby."""
+    return sorted(path.stem for path in BUNDLED.glob("*.toml"))
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: A path of a TOML file, or the name of a bundled recipe.
+        overrides: Like ``optimiser.epochs=50``, laid over the file; values as in TOML.
+
+    Raises:
+        RecipeError: There is no such recipe, or something in it is not as the schema says.
+    """
+    values = _read(Path(source))
+    for override in overrides:
+        _lay_over(values, override)
+    return parse_recipe(values, name=str(source))
+
+
+def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """Make a recipe of plain values.
+
+    Raises:
+        RecipeError: A key is unknown, or a value is not what the schema says; all are named.
+    """
+    unknown = _unknown_keys(values, Recipe)
+    if unknown:
+        raise RecipeError(f"{name}: {'; '.join(unknown)}")
+    try:
+        # As JSON, because there a list may stand for a tuple while nothing else is converted.
+        recipe: Recipe = TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise RecipeError(f"{name}: {'; '.join(_described(error))}") from error
+    return recipe
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, from which `parse_recipe` makes it again."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def format_recipe(recipe: Recipe) -> str:
+    """The recipe as TOML, every value written out."""
+    lines, tables = [], []
+    for name, value in recipe_values(recipe).items():
+        if isinstance(value, dict):
+            rows = [f"{key} = {_toml(one)}" for key, one in value.items() if one is not None]
+            tables.append("\n".join([f"[{name}]", *rows]))
+        else:
+            lines.append(f"{name} = {_toml(value)}")
+    return "\n\n".join(["\n".join(lines), *tables]) + "\n"
+
+
+def _toml(value: object) -> str:
+    # Strings, numbers, booleans and lists of them are written alike in JSON and in TOML.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix != ".toml" and not path.exists():
+        bundled = BUNDLED / f"{path}.toml"
+        if str(path) not in bundled_recipes():
+            raise RecipeError(
+                f"expected a recipe file or one of {', '.join(bundled_recipes())}; got {path}"
+            )
+        path = bundled
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"expected a recipe, could not read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"expected TOML in {path}: {error}") from error
+
+
+def _lay_over(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"expected a setting like optimiser.epochs=50, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *tables, name = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"expected a table {table!r} for {override!r}, got a value")
+    values[name] = value
+
+
+def _unknown_keys(values: Mapping[str, Any], schema: type, prefix: str = "") -> list[str]:
+    hints = get_type_hints(schema)
+    known = {one.name for one in fields(schema)}
+    problems = []
+    for key, value in values.items():
+        if key not in known:
+            problems.append(
+                f"unknown key {prefix + key!r}: expected one of {', '.join(sorted(known))}"
+            )
+        elif isinstance(value, Mapping) and (inner := _dataclass_of(hints[key])) is not None:
+            problems += _unknown_keys(value, inner, f"{prefix}{key}.")
+    return problems
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    found = (one for one in choices if isinstance(one, type) and dataclasses.is_dataclass(one))
+    return next(found, None)
+
+
+def _described(error: ValidationError) -> list[str]:
+    described = []
+    for one in error.errors(include_url=False):
+        where = ".".join(str(part) for part in one["loc"])
+        message = one["msg"].removeprefix("Value error, ")
+        given = one["input"]
+        got = "" if isinstance(given, dict) else f", got {given!r}"
+        described.append(f"{where}: {message}{got}" if where else message)
+    return described

@@ -1,0 +1,619 @@
+"""The training loop: one recipe, one split, one folder; interrupted anywhere, it goes on exactly.
+
+Every random draw depends on the seed and on the place in the run, so the state to go on from is the
+weights, the optimiser's averages and a position. On one CPU with one number of threads, a run that
+was interrupted ends with the very weights of one that was not.
+"""
+
+import contextlib
+import importlib.util
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from model.checkpoint import Checkpoint, make_checkpoint, save_checkpoint
+from model.datasets.tracklets import Split, Tracklet
+from model.distillation import TeacherEmbeddings
+from model.embedder import DTYPES, choose_device, choose_precision
+from model.errors import CheckpointError, DatasetError, InvalidFramesError, TrainingError
+from model.health import HealthWatch
+from model.learner import Learned, Learner, start_network
+from model.loading import Batch, ClipLoader, FrameStore
+from model.losses import (
+    LossTerms,
+    coverage_cv2,
+    effective_positions,
+    identity_accuracy,
+    regulariser_excess,
+    total_loss,
+    wrong_logit_mean,
+)
+from model.network import TrackletNet
+from model.ranks import Ranks
+from model.recipe import Recipe, recipe_values
+from model.runs import Moment, RunFolder
+from model.samplers import PKSampler
+
+LOG_EVERY_STEPS = 10
+SAVE_EVERY_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is trained on what.
+
+    Args:
+        recipe: How.
+        split: On whom.
+        data: What the checkpoint says about the data, see `model.runs.describe_split`.
+        seed: Decides every draw.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        teacher: The teacher's embeddings of the training frames, where the recipe has a teacher.
+        measure: Evaluates a checkpoint on the split's test identities: names to numbers.
+        save_every_s: Seconds between saved states.
+        workers: Threads that decode; by default as many as cores.
+    """
+
+    recipe: Recipe
+    split: Split
+    data: Mapping[str, Any]
+    seed: int = 0
+    device: str = "auto"
+    teacher: TeacherEmbeddings | None = None
+    measure: Callable[[Checkpoint], Mapping[str, float]] | None = None
+    save_every_s: float = SAVE_EVERY_S
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    Args:
+        step: Optimiser steps that are done.
+        steps: Optimiser steps in all.
+        epoch: From 0.
+        loss: Of the last batch.
+        frames_per_s: Since this process began, with everything that it also does.
+        left_s: Seconds left at that pace.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    frames_per_s: float
+    left_s: float
+
+
+class Listener:
+    """Hears of a run; this one ignores it."""
+
+    def progress(self, progress: Progress) -> None:
+        """After each step."""
+
+    def loaded(self, done: int, total: int) -> None:
+        """While frames are decoded before the first step."""
+
+    def said(self, text: str) -> None:
+        """Something worth a line."""
+
+    def warned(self, text: str) -> None:
+        """Something worth a warning."""
+
+
+def usable_tracklets(split: Split, listener: Listener) -> list[Tracklet]:
+    """The training tracklets that can teach anything.
+
+    An identity with a single tracklet has no positive, and people seen by one camera alone teach
+    nothing about another.
+
+    Raises:
+        DatasetError: Nobody is left, or there is one camera only.
+    """
+    cameras = {one.camera for one in split.train}
+    if len(cameras) < 2:
+        raise DatasetError(
+            f"expected training tracklets of at least two cameras, got {len(cameras)}: "
+            f"{', '.join(sorted(cameras)) or 'none at all'}"
+        )
+    count: dict[str, int] = defaultdict(int)
+    for one in split.train:
+        count[one.identity] += 1
+    usable = [one for one in split.train if count[one.identity] > 1]
+    if len(usable) < len(split.train):
+        listener.warned(
+            f"{len(split.train) - len(usable)} identities with a single tracklet are left out: "
+            "they have no positive"
+        )
+    if not usable:
+        raise DatasetError(
+            f"expected training identities with at least two tracklets each, got {len(count)} "
+            "identities with one each"
+        )
+    return usable
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        job: What to do.
+        folder: Where the run lives.
+        ranks: Which of several processes this is.
+        listener: Hears of it; that of rank 0 should speak.
+
+    Raises:
+        DatasetError: The split cannot be trained on.
+        CheckpointError: The weights to begin with cannot be had.
+        TrainingError: The folder holds another run.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        *,
+        ranks: Ranks | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        self.job, self.folder = job, folder
+        self.ranks, self.listener = ranks or Ranks(), listener or Listener()
+        self.recipe = recipe = job.recipe
+        self.device = choose_device(job.device)
+        if self.device.type == "cuda" and self.ranks.count > 1:
+            self.device = torch.device("cuda", self.ranks.local)
+        self.precision = choose_precision(recipe.optimiser.precision, self.device)
+        self.tracklets = usable_tracklets(job.split, self.listener)
+        sampler = PKSampler(
+            self.tracklets,
+            identities=recipe.batch.identities,
+            per_identity=recipe.batch.tracklets,
+            seed=job.seed,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+        )
+        frames = [path for one in self.tracklets for path in one.frames]
+        self.store = FrameStore(frames, recipe.preprocessing)
+        self.loader = ClipLoader(
+            self.tracklets,
+            sampler,
+            self.store,
+            recipe.batch,
+            recipe.augmentation,
+            workers=job.workers,
+        )
+        self.learner = self._build()
+        self.parallel: nn.Module = self.learner
+        if self.ranks.count > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.learner, device_ids=ids)
+        self.average: AveragedModel | None = None
+        if recipe.optimiser.ema:
+            self.average = AveragedModel(
+                self.learner.network,
+                multi_avg_fn=get_ema_multi_avg_fn(recipe.optimiser.ema),  # type: ignore[no-untyped-call]
+                use_buffers=True,
+            )
+        self.optimiser = torch.optim.Adam(
+            [one for one in self.learner.parameters() if one.requires_grad],
+            lr=recipe.optimiser.rate,
+            weight_decay=recipe.optimiser.decay,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.moment = Moment()
+        self._stop: int | None = None
+        self._window = _Window()
+        attention = recipe.network.attention
+        cells = (recipe.preprocessing.height * recipe.preprocessing.width) // _cell_pixels(recipe)
+        self._health = HealthWatch(
+            cells,
+            recipe.loss.margin if recipe.loss.triplet else None,
+            has_attention=attention != "none",
+        )
+
+    def _build(self) -> Learner:
+        network, self._start = start_network(self.recipe, self.job.seed)
+        teacher_dim = None if self.job.teacher is None else self.job.teacher.dim
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.job.seed)
+            learner = Learner(network, self.recipe, len(self.loader.labels), teacher_dim)
+        if self.recipe.optimiser.sync_batch_norm and self.ranks.count > 1:
+            converted = nn.SyncBatchNorm.convert_sync_batchnorm(learner)  # type: ignore[no-untyped-call]
+            if not isinstance(converted, Learner):
+                raise TrainingError("expected batch normalisation that can be synchronised")
+            learner = converted
+        learner.network.backbone.to(memory_format=torch.channels_last)
+        return learner.to(self.device).train()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return -(-len(self.loader) // self.recipe.batch.accumulate)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in all."""
+        return self.steps_per_epoch * self.recipe.optimiser.epochs
+
+    @property
+    def frames_per_step(self) -> int:
+        """Frames that all ranks see in one step."""
+        batch = self.recipe.batch
+        clips = batch.identities * batch.tracklets * batch.accumulate * self.ranks.count
+        return clips * batch.frames
+
+    def run(self) -> Path | None:
+        """Train to the end, from where the run stands.
+
+        Returns:
+            The checkpoint; None where a signal stopped the run, whose state is then saved.
+
+        Raises:
+            TrainingError: The loss is no number any more, or something could not be written.
+            DatasetError: Frames cannot be decoded.
+        """
+        if self.ranks.is_first:
+            facts = {"seed": self.job.seed, "data": dict(self.job.data), "ranks": self.ranks.count}
+            self.folder.begin(self.recipe, facts)
+        self.ranks.wait()
+        if self.folder.is_finished:
+            self.listener.said(f"this run is finished: {self.folder.product}")
+            return self.folder.product
+        self._restore()
+        self.store.preload(self.listener.loaded)
+        with self._signals(), self._tensorboard() as board:
+            self._board = board
+            self._train()
+        if self._stop is not None:
+            return None
+        return self._finish()
+
+    def _train(self) -> None:
+        self._began, self._begun_at = time.monotonic(), self.moment
+        self._saved_at = self._began
+        if self.moment == Moment():
+            self._measure(0)
+        for epoch in range(self.moment.epoch, self.recipe.optimiser.epochs):
+            batches = self.loader.epoch(epoch, self.moment.batch)
+            with contextlib.closing(batches):
+                self._train_epoch(epoch, batches)
+            if self._stop is not None:
+                return
+            self._measure(epoch + 1)
+
+    def _train_epoch(self, epoch: int, batches: Iterator[Batch]) -> None:
+        first, last = self.moment.batch, len(self.loader) - 1
+        group: list[Batch] = []
+        for number, batch in enumerate(self._checked(batches), start=first):
+            group.append(batch)
+            if len(group) < self.recipe.batch.accumulate and number < last:
+                continue
+            loss = self._step(group, epoch, number)
+            group = []
+            ended = number == last
+            elapsed = self._begun_at.elapsed_s + time.monotonic() - self._began
+            self.moment = Moment(
+                epoch + ended, 0 if ended else number + 1, self.moment.step + 1, elapsed
+            )
+            self._tell(epoch, loss)
+            if self.ranks.any(self._stop is not None):
+                self._stop = self._stop or signal.SIGTERM
+                self._save()
+                return
+            if self.ranks.any(time.monotonic() - self._saved_at > self.job.save_every_s):
+                self._save()
+
+    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        try:
+            yield from batches
+        except InvalidFramesError as error:
+            self._save()
+            raise DatasetError(
+                f"{error}; the run is saved at step {self.moment.step}: repair or remove the "
+                "tracklet, `passerby check-data` lists all such frames"
+            ) from error
+
+    def _step(self, group: list[Batch], epoch: int, number: int) -> float:
+        config = self.recipe.optimiser
+        rate = config.rate_at(epoch, number / len(self.loader))
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        total = 0.0
+        for place, batch in enumerate(group):
+            with self._gradients_meet(last=place == len(group) - 1):
+                loss = self._loss(batch, rate)
+                self.scaler.scale(loss / len(group)).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() / len(group)
+        if config.clip_norm:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.learner.network)
+        return total
+
+    @contextmanager
+    def _gradients_meet(self, *, last: bool) -> Iterator[None]:
+        """Let ranks exchange gradients with the last batch of a step alone."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last:
+            with self.parallel.no_sync():
+                yield
+        else:
+            yield
+
+    def _loss(self, batch: Batch, rate: float) -> Tensor:
+        clips, labels = batch.clips.to(self.device), batch.labels.to(self.device)
+        teacher = self._teach(batch)
+        with torch.autocast(
+            self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
+        ):
+            learned: Learned = self.parallel(clips, teacher)
+        encoded = learned.encoded
+        gather = self.ranks.gather
+        labels = gather(labels)
+        logits = None if learned.logits is None else gather(learned.logits)
+        attention = gather(encoded.attention)
+        terms = total_loss(self.recipe.loss, gather(encoded.embeddings), logits, labels, attention)
+        loss = terms.total
+        if learned.distilled is not None:
+            loss = loss + learned.distilled.total
+        self._check(loss, batch)
+        self._window.add(_measured(terms, learned, logits, labels, attention, loss, rate))
+        return loss
+
+    def _teach(self, batch: Batch) -> Tensor | None:
+        if self.job.teacher is None:
+            return None
+        paths = [
+            self.tracklets[number].frames[position]
+            for number, positions in zip(batch.tracklets, batch.positions, strict=True)
+            for position in positions
+        ]
+        embeddings = torch.from_numpy(self.job.teacher.of(paths))  # (B*T, D_t)
+        return embeddings.view(*batch.clips.shape[:2], -1).to(self.device)
+
+    def _check(self, loss: Tensor, batch: Batch) -> None:
+        if torch.isfinite(loss):
+            return
+        members = [self.tracklets[number] for number in batch.tracklets]
+        names = [f"{one.identity}/{one.camera}/{one.name}".rstrip("/") for one in members]
+        raise TrainingError(
+            f"the loss is {loss.item()} after {self.moment.step} steps, in epoch "
+            f"{self.moment.epoch}, batch {self.moment.batch}, of {', '.join(names)}; "
+            "the state saved before survives. A lower rate, clip_norm or fp32 may help"
+        )
+
+    def _tell(self, epoch: int, loss: float) -> None:
+        spent = time.monotonic() - self._began
+        done = self.moment.step - self._begun_at.step
+        left = (self.steps - self.moment.step) * spent / done
+        pace = done * self.frames_per_step / spent
+        self.listener.progress(Progress(self.moment.step, self.steps, epoch, loss, pace, left))
+        if self.moment.step % LOG_EVERY_STEPS and self.moment.step != self.steps:
+            return
+        averages = self._window.take()
+        self._log({"epoch": epoch, **averages, "frames_per_s": round(pace, 1)})
+        for text in self._health.look(averages):
+            self.listener.warned(text)
+            self._log({"epoch": epoch, "warning": text})
+
+    def _log(self, values: Mapping[str, Any]) -> None:
+        if not self.ranks.is_first:
+            return
+        time_s = round(self._begun_at.elapsed_s + time.monotonic() - self._began, 3)
+        self.folder.log({"step": self.moment.step, "time_s": time_s, **values})
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, self.moment.step)
+
+    def _measure(self, epoch: int) -> None:
+        every = self.recipe.monitor.every_epochs
+        last = epoch == self.recipe.optimiser.epochs
+        if not every or self.job.measure is None or (epoch % every and not last):
+            return
+        if self.ranks.is_first:
+            measured = dict(self.job.measure(self._product()))
+            self._log({"epoch": epoch, **measured})
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
+            self.listener.said(f"after epoch {epoch}: {shown}")
+        self.ranks.wait()
+
+    def _product(self) -> Checkpoint:
+        """The network as it would be kept now, on the CPU."""
+        kept = self.learner.network if self.average is None else self.average.module
+        with torch.device("meta"):
+            network = TrackletNet(self.recipe.network)
+        state = {name: one.detach().cpu().clone() for name, one in kept.state_dict().items()}
+        network.load_state_dict(state, assign=True)
+        provenance = {
+            "recipe": recipe_values(self.recipe),
+            "data": {**self.job.data, "seed": self.job.seed},
+            "start": self._start,
+            "epochs": self.recipe.optimiser.epochs,
+            "steps": self.moment.step,
+        }
+        return make_checkpoint(network, self.recipe.preprocessing, provenance)
+
+    def _finish(self) -> Path:
+        if self.ranks.is_first:
+            # Before the state goes, because a full disk may refuse it.
+            self._save()
+            try:
+                save_checkpoint(self._product(), self.folder.product)
+            except CheckpointError as error:
+                raise TrainingError(
+                    f"{error}; the run is saved, the same command writes it again"
+                ) from error
+            self.folder.drop_state()
+        self.ranks.wait()
+        return self.folder.product
+
+    def _save(self) -> None:
+        if self.ranks.is_first:
+            scaler = self.scaler.state_dict()
+            extra = (
+                {"scale": scaler["scale"], "growth": scaler["_growth_tracker"]} if scaler else {}
+            )
+            self.folder.save_state(self._tensors(), self.moment, extra)
+        self._saved_at = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"learner.{name}": one for name, one in self.learner.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"ema.{name}": one for name, one in self.average.state_dict().items()}
+        for number, values in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{key}": value for key, value in values.items()}
+        return tensors
+
+    def _restore(self) -> None:
+        saved = self.folder.load_state()
+        if saved is None:
+            if self.ranks.is_first:
+                self.folder.rewind_log(-1)
+            return
+        tensors, self.moment, extra = saved
+        self.learner.load_state_dict(_under("learner.", tensors))
+        if self.average is not None:
+            self.average.load_state_dict(_under("ema.", tensors))
+        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        parameters = [one for group in self.optimiser.param_groups for one in group["params"]]
+        for name, tensor in _under("adam.", tensors).items():
+            number, key = name.split(".")
+            if tensor.ndim:
+                # The fused step walks through memory: averages must lie as their parameter does.
+                tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
+            state[int(number)][key] = tensor
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
+        if extra:
+            known = self.scaler.state_dict()
+            growth = int(extra["growth"])
+            self.scaler.load_state_dict(
+                {**known, "scale": extra["scale"], "_growth_tracker": growth}
+            )
+        if self.ranks.is_first:
+            self.folder.rewind_log(self.moment.step)
+        self.listener.said(
+            f"going on after step {self.moment.step} of {self.steps}, epoch {self.moment.epoch}"
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the run after the step; a second one ends the process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(number: int, _: FrameType | None) -> None:
+            self._stop = number
+            signal.signal(number, before[signal.Signals(number)])
+            self.listener.said("stopping after this step; once more to stop without saving")
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[Any]:
+        if not self.ranks.is_first:
+            yield None
+            return
+        if importlib.util.find_spec("tensorboard") is None:
+            self.listener.said("no TensorBoard: pip install 'passerby[train]' brings it")
+            yield None
+            return
+        from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
+
+        board = SummaryWriter(self.folder.path / "tensorboard", purge_step=self.moment.step + 1)
+        try:
+            yield board
+        finally:
+            board.close()
+
+    @property
+    def stopped_by(self) -> int:
+        """Number of the signal that stopped the run, here or in another rank."""
+        return self._stop or signal.SIGTERM
+
+
+class _Window:
+    """Averages over the batches since the last logged line, kept on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        averages = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return averages
+
+
+def _measured(
+    terms: LossTerms,
+    learned: Learned,
+    logits: Tensor | None,
+    labels: Tensor,
+    attention: Tensor,
+    loss: Tensor,
+    rate: float,
+) -> dict[str, Tensor]:
+    """What is logged of a batch."""
+    measured = {"loss": loss, "rate": torch.tensor(rate), "identity": terms.identity}
+    measured["effective_positions"] = effective_positions(attention)
+    measured["regulariser_excess"] = regulariser_excess(attention)
+    measured["coverage_cv2"] = coverage_cv2(attention)
+    measured["regulariser"] = terms.regulariser
+    if terms.triplet is not None:
+        measured["triplet"] = terms.triplet.loss
+        measured["active"] = terms.triplet.active
+        measured["positive"] = terms.triplet.positive
+        measured["negative"] = terms.triplet.negative
+    if logits is not None:
+        measured["accuracy"] = identity_accuracy(logits, labels)
+        measured["wrong_logit"] = wrong_logit_mean(logits, labels)
+    if learned.distilled is not None:
+        measured["similarity"] = learned.distilled.similarity
+        measured["embedding"] = learned.distilled.embedding
+    return measured
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _cell_pixels(recipe: Recipe) -> int:
+    """Pixels of a frame per cell of its map."""
+    return 16 * 16 if recipe.network.backbone == "resnet50" else 4 * 4

@@ -1,0 +1,427 @@
+"""The training loop, on small drawn frames and the small backbone."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.checkpoint import Checkpoint, load_checkpoint
+from model.datasets.tracklets import Split, Tracklet
+from model.errors import DatasetError, TrainingError
+from model.learner import Learner
+from model.recipe import Recipe, load_recipe
+from model.runs import RunFolder, read_log
+from model.training import Job, Listener, Progress, Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "start=random",
+    "network.backbone=conv5",
+    "preprocessing.height=64",
+    "preprocessing.width=32",
+    "batch.identities=3",
+    "batch.frames=2",
+    "optimiser.precision=fp32",
+    "optimiser.milestones=[2]",
+    "optimiser.epochs=4",
+    "optimiser.rate=1e-3",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    """Small networks gain nothing from more, and other tests share the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("folder", [*SMALL, *overrides])
+
+
+def draw(root: Path, identities: int = 6, cameras: int = 2, frames: int = 4) -> list[Tracklet]:
+    """People as coloured noise: an identity is a colour, a camera a brightness."""
+    drawn = []
+    for person in range(identities):
+        colour = np.random.default_rng(person).uniform(40, 200, 3)
+        for camera in range(cameras):
+            rng = np.random.default_rng([person, camera])
+            folder = root / f"p{person}" / f"c{camera}"
+            folder.mkdir(parents=True)
+            paths = []
+            for number in range(frames):
+                pixels = colour * (0.8 + 0.3 * camera) + rng.normal(0, 25, (64, 32, 3))
+                paths.append(folder / f"{number}.png")
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
+            drawn.append(Tracklet(f"p{person}", f"c{camera}", "", tuple(paths)))
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    train = tuple(draw(tmp_path_factory.mktemp("people")))
+    return Split("0", train, (), (), "drawn")
+
+
+class StopAt(Listener):
+    """Sends this process a signal after one of the steps, as a person or a scheduler would."""
+
+    def __init__(self, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def progress(self, progress: Progress) -> None:
+        if progress.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.steps: list[Progress] = []
+        self.warnings: list[str] = []
+
+    def progress(self, progress: Progress) -> None:
+        self.steps.append(progress)
+
+    def warned(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def train(
+    recipe: Recipe,
+    split: Split,
+    folder: Path,
+    listener: Listener | None = None,
+    *,
+    seed: int = 0,
+    **job: Any,
+) -> Path | None:
+    whole = Job(recipe, split, {"fingerprint": "data-test"}, seed=seed, device="cpu", **job)
+    return Trainer(whole, RunFolder(folder), listener=listener).run()
+
+
+def weights(path: Path | None) -> Mapping[str, torch.Tensor]:
+    assert path is not None
+    return load_checkpoint(path).network.state_dict()
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_thirty_steps_lower_the_loss(people: Split, tmp_path: Path) -> None:
+    heard = Heard()
+
+    train(recipe("optimiser.epochs=15", "optimiser.milestones=[]"), people, tmp_path / "run", heard)
+
+    least = 128 * (1 - 2 / 128) ** 2  # of Eq. 4, which no network can get below
+    losses = [one.loss - least for one in heard.steps]
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_two_runs_give_the_same_weights(people: Split, tmp_path: Path) -> None:
+    first = train(recipe(), people, tmp_path / "first", workers=1)
+    second = train(recipe(), people, tmp_path / "second", workers=3)
+
+    assert same(weights(first), weights(second))
+
+
+def test_another_seed_gives_other_weights(people: Split, tmp_path: Path) -> None:
+    first = train(recipe(), people, tmp_path / "first")
+    second = train(recipe(), people, tmp_path / "second", seed=1)
+
+    assert not same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_a_signal_stopped_goes_on_to_the_same_weights(
+    people: Split, tmp_path: Path, step: int, number: signal.Signals
+) -> None:
+    """Bit for bit, wherever it was stopped: within an epoch and between two."""
+    whole = train(recipe(), people, tmp_path / "whole")
+
+    stopped = train(recipe(), people, tmp_path / "halves", StopAt(step, number))
+    finished = train(recipe(), people, tmp_path / "halves")
+
+    assert stopped is None
+    assert same(weights(whole), weights(finished))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimiser.ema=0.9", "network.neck=true", "loss.identity=ce_smooth"],
+        ["batch.accumulate=2", "optimiser.clip_norm=1.0"],
+        ["augmentation.erase=0.5", "augmentation.pad=4", "batch.sampling=chunks"],
+        ["optimiser.precision=bf16"],
+        # A processor emulates it, slowly.
+        pytest.param(["optimiser.precision=fp16", "batch.frames=1"], marks=pytest.mark.slow),
+    ],
+    ids=["ema-neck", "accumulate-clip", "augmented", "bf16", "fp16"],
+)
+def test_every_option_resumes_exactly(people: Split, tmp_path: Path, overrides: list[str]) -> None:
+    options = recipe(*overrides)
+    whole = train(options, people, tmp_path / "whole")
+
+    train(options, people, tmp_path / "halves", StopAt(3))
+    finished = train(options, people, tmp_path / "halves")
+
+    assert same(weights(whole), weights(finished))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(people: Split, tmp_path: Path) -> None:
+    """SIGKILL, at three different moments, of the real command."""
+    from model.datasets.folder import read_folder
+
+    root = people.train[0].frames[0].parents[2]
+    assert len(read_folder(root)) == len(people.train)
+    command = [sys.executable, "-m", "service.cli", "train", "folder", "--data", str(root)]
+    command += ["--save-every", "0", "--device", "cpu"]
+    for override in [*SMALL, "batch.identities=2", "optimiser.epochs=40"]:
+        command += ["--set", override]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    whole = tmp_path / "whole"
+    subprocess.run([*command, "--output", str(whole)], check=True, env=environment, cwd=ROOT)
+    killed, kills = tmp_path / "killed", 0
+    for steps in (3, 17, 30):
+        process = subprocess.Popen([*command, "--output", str(killed)], env=environment, cwd=ROOT)
+        while process.poll() is None and _saved_step(killed) < steps:
+            pass
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    subprocess.run([*command, "--output", str(killed)], check=True, env=environment, cwd=ROOT)
+
+    assert kills == 3
+    assert same(weights(whole / "model.safetensors"), weights(killed / "model.safetensors"))
+
+
+def _saved_step(folder: Path) -> int:
+    state = RunFolder(folder).load_state()
+    return 0 if state is None else state[1].step
+
+
+def test_a_finished_run_is_left_as_it_is(people: Split, tmp_path: Path) -> None:
+    product = train(recipe(), people, tmp_path / "run")
+    assert product is not None
+    before = product.stat().st_mtime_ns
+
+    again = train(recipe(), people, tmp_path / "run")
+
+    assert again == product
+    assert product.stat().st_mtime_ns == before
+
+
+def test_the_log_of_a_resumed_run_tells_each_step_once(people: Split, tmp_path: Path) -> None:
+    options = recipe("optimiser.epochs=15")
+
+    train(options, people, tmp_path / "run", StopAt(17))
+    RunFolder(tmp_path / "run").log({"step": 20, "loss": 1.0})  # as if it had gone on unsaved
+    train(options, people, tmp_path / "run")
+
+    assert [row["step"] for row in read_log(tmp_path / "run") if "loss" in row] == [10, 20, 30]
+
+
+def test_a_run_says_what_it_was(people: Split, tmp_path: Path) -> None:
+    product = train(recipe(), people, tmp_path / "run", seed=3)
+
+    assert product is not None
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    provenance = load_checkpoint(product).provenance
+    assert load_recipe(tmp_path / "run" / "recipe.toml") == recipe()
+    assert facts["seed"] == provenance["data"]["seed"] == 3
+    assert facts["data"]["fingerprint"] == provenance["data"]["fingerprint"] == "data-test"
+    assert facts["versions"]["torch"] == torch.__version__
+    assert provenance["recipe"]["network"]["backbone"] == "conv5"
+    assert provenance["steps"] == 8
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    row = read_log(tmp_path / "run")[-1]
+    assert {"loss", "triplet", "identity", "effective_positions", "coverage_cv2"} <= row.keys()
+    assert {"regulariser_excess", "accuracy", "wrong_logit", "rate", "active"} <= row.keys()
+
+
+def test_another_recipe_does_not_go_on_with_a_run(people: Split, tmp_path: Path) -> None:
+    train(recipe(), people, tmp_path / "run", StopAt(1))
+
+    with pytest.raises(TrainingError, match=r"another one \(margin = 0.5\)"):
+        train(recipe("loss.margin=0.5"), people, tmp_path / "run")
+    with pytest.raises(TrainingError, match="its seed is 0 and now it would be 4"):
+        train(recipe(), people, tmp_path / "run", seed=4)
+
+
+def test_a_folder_with_something_else_in_it_is_refused(people: Split, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(TrainingError, match="something else in it"):
+        train(recipe(), people, tmp_path)
+
+
+def test_one_camera_is_refused_before_anything_is_written(people: Split, tmp_path: Path) -> None:
+    alone = tuple(one for one in people.train if one.camera == "c0")
+
+    with pytest.raises(DatasetError, match="at least two cameras, got 1: c0"):
+        train(recipe(), replace(people, train=alone), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_identities_with_a_single_tracklet_are_left_out_with_a_warning(
+    people: Split, tmp_path: Path
+) -> None:
+    heard = Heard()
+    fewer = people.train[1:]  # p0 keeps one tracklet
+
+    train(recipe("optimiser.epochs=1"), replace(people, train=fewer), tmp_path / "run", heard)
+
+    assert "1 identities with a single tracklet" in heard.warnings[0]
+
+
+def test_nothing_but_single_tracklets_is_refused(people: Split, tmp_path: Path) -> None:
+    single = tuple(
+        one for number, one in enumerate(people.train) if number % 4 in (0, 3)
+    )  # p0 in c0, p1 in c1, ...
+
+    with pytest.raises(DatasetError, match="at least two tracklets each"):
+        train(recipe(), replace(people, train=single), tmp_path / "run")
+
+
+def test_a_tracklet_of_one_frame_trains(tmp_path: Path) -> None:
+    train_set = tuple(draw(tmp_path / "data", identities=3, frames=1))
+
+    product = train(recipe("optimiser.epochs=1"), Split("0", train_set, (), (), ""), tmp_path / "r")
+
+    assert product is not None
+
+
+def test_a_broken_frame_is_named_before_the_first_step(tmp_path: Path) -> None:
+    drawn = draw(tmp_path / "data")
+    drawn[3].frames[1].write_bytes(drawn[3].frames[1].read_bytes()[:60])
+    heard = Heard()
+
+    with pytest.raises(DatasetError, match=r"p1/c1/1\.png.*check-data"):
+        train(recipe(), Split("0", tuple(drawn), (), (), ""), tmp_path / "run", heard)
+    assert not heard.steps
+
+
+def test_a_frame_that_breaks_later_loses_nothing(
+    people: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the frames do not fit in memory, they are read when their turn comes."""
+    monkeypatch.setattr("model.loading._MEMORY_SHARE", 0.0)
+    drawn = tuple(draw(tmp_path / "data"))
+    split = Split("0", drawn, (), (), "")
+    whole = train(recipe(), people, tmp_path / "whole")
+    broken = drawn[7].frames[2]
+    intact = broken.read_bytes()
+    broken.write_bytes(intact[:60])
+
+    with pytest.raises(DatasetError, match=r"p3/c1/2\.png; the run is saved at step"):
+        train(recipe(), split, tmp_path / "run")
+    broken.write_bytes(intact)
+    finished = train(recipe(), split, tmp_path / "run")
+
+    assert same(weights(whole), weights(finished))
+
+
+def test_a_loss_that_is_no_number_stops_with_the_batch_named(
+    people: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe(), people, tmp_path / "run", StopAt(3))
+    forward = Learner.forward
+
+    def poisoned(self: Learner, *arguments: Any) -> Any:
+        learned = forward(self, *arguments)
+        assert learned.logits is not None
+        return learned._replace(logits=learned.logits * float("nan"))
+
+    monkeypatch.setattr(Learner, "forward", poisoned)
+    with pytest.raises(TrainingError, match=r"the loss is nan after 3 steps.* of p\d/c\d, p"):
+        train(recipe(), people, tmp_path / "run")
+
+    assert _saved_step(tmp_path / "run") == 3
+
+
+def test_a_full_disk_leaves_the_state_that_was_saved_before(
+    people: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(recipe(), people, tmp_path / "whole")
+    train(recipe(), people, tmp_path / "run", StopAt(3))
+
+    def full(_: object, path: Path, **_more: object) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.runs.save_file", full)
+        with pytest.raises(TrainingError, match="No space left on device"):
+            train(recipe(), people, tmp_path / "run", save_every_s=0.0)
+    assert _saved_step(tmp_path / "run") == 3
+    assert not [one for one in (tmp_path / "run").iterdir() if one.name.startswith(".aside")]
+
+    finished = train(recipe(), people, tmp_path / "run")
+    assert same(weights(whole), weights(finished))
+
+
+def test_a_damaged_state_is_refused(people: Split, tmp_path: Path) -> None:
+    train(recipe(), people, tmp_path / "run", StopAt(3))
+    state = tmp_path / "run" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+
+    with pytest.raises(TrainingError, match="expected a training state"):
+        train(recipe(), people, tmp_path / "run")
+
+
+def test_the_curve_is_measured_when_the_recipe_says_so(people: Split, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def measure(checkpoint: Checkpoint) -> Mapping[str, float]:
+        asked.append(checkpoint.fingerprint)
+        return {"rank_1": 0.5}
+
+    options = recipe("monitor.every_epochs=3")
+    product = train(options, people, tmp_path / "run", measure=measure)
+
+    rows = [row for row in read_log(tmp_path / "run") if "rank_1" in row]
+    assert [row["epoch"] for row in rows] == [0, 3, 4]
+    assert product is not None
+    assert asked[-1] == load_checkpoint(product).fingerprint
+    assert len(set(asked)) == 3
+
+
+def test_averaged_weights_are_what_is_kept(people: Split, tmp_path: Path) -> None:
+    plain = train(recipe(), people, tmp_path / "plain")
+    averaged = train(recipe("optimiser.ema=0.5"), people, tmp_path / "averaged")
+
+    assert not same(weights(plain), weights(averaged))
+
+
+def test_accumulated_batches_make_fewer_steps(people: Split, tmp_path: Path) -> None:
+    heard = Heard()
+
+    train(recipe("batch.accumulate=2"), people, tmp_path / "run", heard)
+
+    assert len(heard.steps) == heard.steps[-1].steps == 4
+
+
+def test_the_time_left_counts_down_to_nothing(people: Split, tmp_path: Path) -> None:
+    heard = Heard()
+
+    train(recipe(), people, tmp_path / "run", heard)
+
+    assert heard.steps[-1].left_s == 0
+    assert all(one.left_s > 0 for one in heard.steps[:-1])
