@@ -8,7 +8,6 @@ checkpoints share it only if they embed alike. It is checked when a file is load
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.errors import CheckpointError
+from model.files import reason, written_aside
 from model.frames import Preprocessing
 from model.network import NetworkConfig, TrackletNet
 
@@ -155,14 +155,10 @@ def save_checkpoint(
         "provenance": _canonical(checkpoint.provenance),
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".checkpoint-") as aside:
-            draft = Path(aside) / path.name
+        with written_aside(path) as draft:
             save_file(state, draft, metadata=header)
-            draft.chmod(0o666 & ~_umask())  # it is written for its owner alone
-            draft.replace(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {path}: {_reason(error)}") from error
+        raise CheckpointError(f"could not write {path}: {reason(error)}") from error
     return load_checkpoint(path)
 
 
@@ -201,7 +197,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = load_file(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"expected a checkpoint, could not read {path}: {_reason(error)}"
+            f"expected a checkpoint, could not read {path}: {reason(error)}"
         ) from error
     with torch.device("meta"):  # no time spent on random weights that are replaced at once
         network = TrackletNet(config)
@@ -235,16 +231,6 @@ def _named(config: NetworkConfig) -> dict[str, Any]:
 
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _reason(error: Exception) -> str:
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)  # the only way to read it is to set it
-    os.umask(current)
-    return current
 
 
 def _require_file(path: Path) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.errors import TeacherError
+from model.files import reason, written_aside
 from model.frames import Clip, Preprocessing, read_frame
 
 Channels = Literal["rgb", "bgr"]
@@ -276,9 +276,7 @@ def _fingerprint(files: Sequence[Path], pixels: _PixelRange) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
-        raise TeacherError(
-            f"expected a teacher, could not read {path}: {_reason(error)}"
-        ) from error
+        raise TeacherError(f"expected a teacher, could not read {path}: {reason(error)}") from error
     return f"teacher-{digest.hexdigest()[:12]}"
 
 
@@ -463,7 +461,7 @@ def _list_frames(teacher: Teacher, frames: Sequence[Path]) -> _Listing:
         listed = [(names[path], path.stat().st_size) for path in ordered]
     except OSError as error:
         raise TeacherError(
-            f"expected a frame for the teacher, could not read {error.filename}: {_reason(error)}"
+            f"expected a frame for the teacher, could not read {error.filename}: {reason(error)}"
         ) from error
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
     return _Listing(teacher.fingerprint, ordered, digest)
@@ -494,9 +492,8 @@ def _read(path: Path, listing: _Listing, shape: tuple[int, int]) -> NDArray[np.f
             header: Mapping[str, str] = file.metadata() or {}
             embeddings: NDArray[np.float16] = file.get_tensor("embeddings")
     except (OSError, SafetensorError) as error:
-        reason = _reason(error)
         raise TeacherError(
-            f"expected a teacher's cache, {path} is damaged: {reason}; {advice}"
+            f"expected a teacher's cache, {path} is damaged: {reason(error)}; {advice}"
         ) from error
     if header != listing.header:
         raise TeacherError(f"expected a cache of {listing.header}, got {header}: {path}; {advice}")
@@ -512,17 +509,10 @@ def _read(path: Path, listing: _Listing, shape: tuple[int, int]) -> NDArray[np.f
 
 def _write(path: Path, embeddings: NDArray[np.float16], listing: _Listing) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".teacher-") as aside:
-            draft = Path(aside) / path.name
+        with written_aside(path) as draft:
             draft.write_bytes(save({"embeddings": embeddings}, metadata=listing.header))
-            draft.replace(path)
     except OSError as error:
-        raise TeacherError(f"could not write {path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise TeacherError(f"could not write {path}: {reason(error)}") from error
 
 
 class DistillationTerms(NamedTuple):

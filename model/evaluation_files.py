@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import EvaluationError
+from model.files import reason, written_aside
 
 Vectors = NDArray[np.float32]
 SAVE_EVERY_S = 60.0
@@ -27,15 +27,12 @@ def write_aside(path: Path) -> Iterator[Path]:
         EvaluationError: It cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".aside-") as folder:
-            draft = Path(folder) / path.name
+        with written_aside(path) as draft:
             yield draft
-            draft.replace(path)
     except OSError as error:
         raise EvaluationError(
-            f"could not write {path}: {error.strerror or error}; what was written before is still "
-            "there, and the same command goes on from it"
+            f"could not write {path}: {reason(error)}; what was written before is still there, "
+            "and the same command goes on from it"
         ) from error
 
 

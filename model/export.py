@@ -5,8 +5,6 @@ files are used.
 """
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +20,7 @@ from torch.export import ExportedProgram
 
 from model.checkpoint import Checkpoint
 from model.errors import ExportError
+from model.files import reason, written_aside
 from model.frames import Preprocessing
 from model.network import TrackletNet
 
@@ -138,17 +137,12 @@ def export_checkpoint(
     write = _write_onnx if file_format == "onnx" else _write_torch
     load = _load_onnx if file_format == "onnx" else _load_torch
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as aside:
-            # Under a suffix of its kind whatever the name asked for: loaders go by it.
-            draft = Path(aside) / f"draft{SUFFIXES[file_format]}"
+        # Under a suffix of its kind whatever the name asked for: loaders go by it.
+        with written_aside(path, suffix=SUFFIXES[file_format]) as draft:
             write(checkpoint, draft)
             difference = _check(load(draft), checkpoint, path)
-            draft.replace(path)
     except (OSError, RuntimeError) as error:  # the latter is PyTorch's way to say it
-        number = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(number) if number else str(error)
-        raise ExportError(f"could not write {path}: {reason}") from error
+        raise ExportError(f"could not write {path}: {reason(error)}") from error
     return Exported(path, file_format, difference)
 
 

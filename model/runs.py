@@ -1,9 +1,7 @@
 """What a training run leaves on disk: its recipe, its circumstances, its log and its state."""
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from model.datasets.tracklets import Split
 from model.errors import TrainingError
+from model.files import reason, written_aside
 from model.loading import identity_labels
 from model.recipe import Recipe, format_recipe, load_recipe
 
@@ -133,19 +132,12 @@ class RunFolder:
     def _aside(self, name: str) -> Iterator[Path]:
         """Yield a path to write to, which then takes the name; what was there survives failure."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.path, prefix=".aside-") as folder:
-                draft = Path(folder) / name
+            with written_aside(self.path / name) as draft:
                 yield draft
-                with draft.open("rb") as file:
-                    os.fsync(file.fileno())
-                draft.replace(self.path / name)
         except (OSError, SafetensorError) as error:
-            number = error.errno if isinstance(error, OSError) else None
-            reason = os.strerror(number) if number else str(error)
             raise TrainingError(
-                f"could not write {self.path / name}: {reason}; what was saved before is still "
-                "there, and the same command goes on from it"
+                f"could not write {self.path / name}: {reason(error)}; what was saved before is "
+                "still there, and the same command goes on from it"
             ) from error
 
     def save_state(

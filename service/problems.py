@@ -60,7 +60,8 @@ KINDS: Mapping[type[Exception], Kind] = {
     gallery.StorageFullError: Kind(507, "storage-full", "The disk is full"),
 }
 INTERNAL = Kind(500, "internal-error", "The service made a mistake")
-# Raised only before the service listens, where the command prints them.
+# Raised only where no client is: before the service listens, or by a command that trains, evaluates
+# or exports; the command prints them.
 START_ONLY: frozenset[type[Exception]] = frozenset(
     {
         gallery.DamagedGalleryError,
@@ -68,6 +69,11 @@ START_ONLY: frozenset[type[Exception]] = frozenset(
         model_errors.CheckpointError,
         model_errors.DeviceError,
         model_errors.DatasetError,
+        model_errors.EvaluationError,
+        model_errors.ExportError,
+        model_errors.RecipeError,
+        model_errors.TeacherError,
+        model_errors.TrainingError,
     }
 )
 _HTTP = {

@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from model.checkpoint import load_checkpoint
+from model.datasets.presets import preset_set
+from model.datasets.synthetic import write_set
+from model.runs import read_log
+
 ROOT = Path(__file__).resolve().parents[2]
 GRADIENTS = """
 import sys
@@ -72,3 +77,21 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one_process(tmp_path: Path
     assert len(alone) == 5
     for one, other in zip(alone, together, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_command_trains_with_two_processes(tmp_path: Path) -> None:
+    """One of them writes and speaks."""
+    write_set(preset_set("easy", "tiny"), tmp_path / "data", layout="folder", masks=False, jobs=1)
+    settings = ["network.backbone=conv5", "preprocessing.height=64", "preprocessing.width=32"]
+    settings += ["batch.identities=2", "batch.frames=2", "optimiser.epochs=10"]
+    command = ["-m", "service.cli", "train", "folder", "--data", str(tmp_path / "data")]
+    command += ["--output", str(tmp_path / "run"), "--device", "cpu", "--start", "random"]
+    for setting in settings:
+        command += ["--set", setting]
+
+    torchrun(2, *command)
+
+    product = load_checkpoint(tmp_path / "run" / "model.safetensors")
+    assert product.provenance["steps"] == 10
+    assert [row["step"] for row in read_log(tmp_path / "run") if "loss" in row] == [10]

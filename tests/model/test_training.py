@@ -425,3 +425,22 @@ def test_the_time_left_counts_down_to_nothing(people: Split, tmp_path: Path) -> 
 
     assert heard.steps[-1].left_s == 0
     assert all(one.left_s > 0 for one in heard.steps[:-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_trains_and_takes_up_a_run(people: Split, tmp_path: Path, precision: str) -> None:
+    """Not bit for bit there: its sums have no fixed order."""
+    options = recipe(f"optimiser.precision={precision}")
+    heard = Heard()
+
+    def run(listener: Listener) -> Path | None:
+        job = Job(options, people, {}, device="cuda")
+        return Trainer(job, RunFolder(tmp_path / "run"), listener=listener).run()
+
+    assert run(StopAt(3)) is None
+    product = run(heard)
+
+    assert heard.steps[0].step == 4
+    assert all(tensor.isfinite().all() for tensor in weights(product).values())

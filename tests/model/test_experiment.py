@@ -1,0 +1,131 @@
+"""From the command line to runs on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from model.checkpoint import load_checkpoint
+from model.cli import app
+from model.datasets.layouts import read_dataset
+from model.datasets.presets import preset_set
+from model.datasets.synthetic import write_set
+from model.errors import DatasetError, ModelError, RecipeError, TrainingError
+from model.experiment import choose_splits, run_folders
+from model.runs import RunFolder, read_log
+
+SMALL = [
+    "network.backbone=conv5",
+    "preprocessing.height=64",
+    "preprocessing.width=32",
+    "batch.identities=2",
+    "batch.frames=2",
+    "optimiser.precision=fp32",
+    "optimiser.epochs=2",
+]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("drawn") / "tiny"
+    write_set(preset_set("easy", "tiny"), root, layout="prid-2011", masks=False, jobs=1)
+    return root
+
+
+def train(data: Path, output: Path, *arguments: str, recipe: str = "prid-2011") -> Result:
+    command = ["train", recipe, "--data", str(data), "--output", str(output), "--device", "cpu"]
+    command += ["--start", "random"]
+    for setting in SMALL:
+        command += ["--set", setting]
+    return CliRunner().invoke(app, [*command, *arguments])
+
+
+def test_several_splits_and_seeds_make_a_folder_of_runs(drawn: Path, tmp_path: Path) -> None:
+    result = train(drawn, tmp_path / "runs", "--splits", "0,1", "--seeds", "0-1")
+
+    assert result.exit_code == 0, result.output
+    made = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert made == [f"split-{split}-seed-{seed}" for split in (0, 1) for seed in (0, 1)]
+    products = [load_checkpoint(tmp_path / "runs" / name / "model.safetensors") for name in made]
+    assert len({one.fingerprint for one in products}) == 4
+    assert [one.provenance["data"]["split"] for one in products] == ["0", "0", "1", "1"]
+
+
+def test_a_run_measures_itself_by_the_protocol_of_its_data(drawn: Path, tmp_path: Path) -> None:
+    result = train(drawn, tmp_path / "run", "--set", "monitor.every_epochs=1")
+
+    assert result.exit_code == 0, result.output
+    measured = [row for row in read_log(tmp_path / "run") if "rank_1" in row]
+    assert [row["epoch"] for row in measured] == [0, 1, 2]
+    assert all(0 <= row["mAP"] <= 1 for row in measured)
+
+
+def test_a_run_knows_where_its_split_came_from(drawn: Path, tmp_path: Path) -> None:
+    train(drawn, tmp_path / "run")
+
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "splits_prid2011.json" in facts["data"]["source"]
+    assert facts["data"]["fingerprint"].startswith("data-")
+    assert len(facts["data"]["train_identities"]) == 4
+
+
+def test_a_start_from_trained_weights_remembers_whom_they_saw(drawn: Path, tmp_path: Path) -> None:
+    """Or the evaluation could not refuse people who were seen before."""
+    train(drawn, tmp_path / "first")
+    first = tmp_path / "first" / "model.safetensors"
+
+    result = train(drawn, tmp_path / "second", "--splits", "1", "--start", str(first))
+
+    assert result.exit_code == 0, result.output
+    start = load_checkpoint(tmp_path / "second" / "model.safetensors").provenance["start"]
+    assert start["checkpoint"] == load_checkpoint(first).fingerprint
+    assert start["data"]["split"] == "0"
+
+
+def test_weights_of_another_architecture_are_refused(drawn: Path, tmp_path: Path) -> None:
+    train(drawn, tmp_path / "small")
+    small = tmp_path / "small" / "model.safetensors"
+
+    result = train(
+        drawn,
+        tmp_path / "run",
+        *("--start", str(small), "--set", "network.backbone=resnet50"),
+    )
+
+    assert isinstance(result.exception, ModelError)
+    assert "expected a checkpoint of a resnet50 network" in str(result.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_for_another_layout_is_refused(drawn: Path, tmp_path: Path) -> None:
+    result = train(drawn, tmp_path / "run", recipe="mars")
+
+    assert isinstance(result.exception, DatasetError)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_setting_is_refused(drawn: Path, tmp_path: Path) -> None:
+    result = train(drawn, tmp_path / "run", "--set", "optimizer.epochs=3")
+
+    assert isinstance(result.exception, RecipeError)
+    assert "'optimizer'" in str(result.exception)
+
+
+def test_a_split_that_is_not_there_is_refused(drawn: Path) -> None:
+    dataset = read_dataset(drawn)
+
+    assert [split.name for split in choose_splits(dataset, "0,2-3")] == ["0", "2", "3"]
+    with pytest.raises(TrainingError, match="got 10"):
+        choose_splits(dataset, "9-10")
+
+
+def test_a_single_run_lives_in_the_folder_itself(drawn: Path, tmp_path: Path) -> None:
+    splits = read_dataset(drawn).splits
+
+    [alone] = run_folders(tmp_path, splits[:1], [5]).values()
+    several = run_folders(tmp_path, splits[:2], [5])
+
+    assert alone.path == tmp_path
+    assert isinstance(alone, RunFolder)
+    assert [folder.path.name for folder in several.values()] == ["split-0-seed-5", "split-1-seed-5"]
