@@ -37,7 +37,7 @@ from model.embedder import Embedder
 from model.frames import choose_frames, read_clip
 from model.measures import Measures, rank_queries
 from model.recipe import load_recipe
-from model.runs import RunFolder, describe_split, read_log
+from model.runs import RunFolder, describe_split
 from model.training import Job, Trainer
 
 FRAMES = 8
@@ -171,7 +171,7 @@ def run_row(row: Row, seed: int, arguments: argparse.Namespace) -> dict[str, Any
     train_s = time.monotonic() - began
     result = {"row": row.name, "seed": seed, "train_s": round(train_s, 1)}
     result |= measure(product, split, read_truth(arguments.data))
-    last = [line for line in read_log(folder.path) if "loss" in line][-5:]
+    last = [line for line in folder.read_log() if "loss" in line][-5:]
     for name in ("accuracy", "wrong_logit", "active", "coverage_cv2", "triplet"):
         values = [line[name] for line in last if name in line]
         result[f"train_{name}"] = statistics.mean(values) if values else None

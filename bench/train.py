@@ -13,7 +13,6 @@ process of its own.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -112,9 +111,10 @@ def one_round(
     clock = Clock()
     trainer = Trainer(Job(recipe, split, {}, device=arguments.device), folder, listener=clock)
     trainer.run()
-    loop = arguments.steps * trainer.frames_per_step / (clock.ended[-1] - clock.ended[0])
-    seconds = bare_seconds(trainer, arguments.steps)
-    return loop, arguments.steps * trainer.frames_per_step / seconds
+    batch = recipe.batch
+    frames = arguments.steps * batch.identities * batch.tracklets * batch.frames
+    loop = frames / (clock.ended[-1] - clock.ended[0])
+    return loop, frames / bare_seconds(trainer, arguments.steps)
 
 
 def bare_seconds(trainer: Trainer, steps: int) -> float:
@@ -157,7 +157,10 @@ def peak_of(recipe: Recipe, frames: int) -> int:
         bare_seconds(trainer, steps=1)
     if trainer.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its peak is that of the process that started this one, where that was larger.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024
 
 
 def peak_per_frame(arguments: argparse.Namespace) -> float:

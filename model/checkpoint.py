@@ -157,9 +157,10 @@ def save_checkpoint(
     try:
         with written_aside(path) as draft:
             save_file(state, draft, metadata=header)
+            saved = load_checkpoint(draft)  # what cannot be read again does not take the name
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write {path}: {reason(error)}") from error
-    return load_checkpoint(path)
+    return saved
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -280,7 +280,11 @@ def evaluate(
     ] = 0,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; `evaluation` beside the checkpoint without it."),
+        typer.Option(
+            help="Folder to write; without it `evaluation` in the folder of the run or runs, and "
+            "`NAME-evaluation` beside a checkpoint NAME.safetensors.",
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Of the backbone.")] = "auto",
@@ -294,21 +298,23 @@ def evaluate(
     from model.evaluation_console import run_task
     from model.evaluation_plan import EvaluationOptions, EvaluationTask, read_choice, read_seeds
 
-    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if output is None and checkpoint.is_dir():
+        output = checkpoint / "evaluation"
     dataset = read_dataset(data, layout, seed=split_seed, prid_subset=prid_subset)
     task = EvaluationTask(
         checkpoint,
         dataset,
         fingerprint_dataset(dataset),
-        output or beside / "evaluation",
+        output or checkpoint.with_name(f"{checkpoint.stem}-evaluation"),
         EvaluationOptions(ClipChoice(frames, clip_frames), protocol, rerank, unit, allow_seen),
         splits=None if splits is None else read_choice(splits),
         seeds=read_seeds(seeds),
         device=device,
         precision=precision,
     )
-    if not run_task(task, _console):
-        raise typer.Exit(130)
+    stopped_by = run_task(task, _console)
+    if stopped_by is not None:
+        raise typer.Exit(128 + stopped_by)
 
 
 @app.command()

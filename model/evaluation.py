@@ -133,7 +133,9 @@ def plan_comparisons(split: Split, protocol: str) -> list[Comparison]:
             has the query's identity and camera (which leaves out the query itself, too). That is
             the protocol of iLIDS-VID and PRID-2011 (query in one camera, gallery in the other),
             and of MARS and Market-1501. "camera-pairs" searches the queries of each camera in
-            each other camera, for a mean over the pairs.
+            each other camera, for a mean over the pairs. A pair is left out where no query has its
+            identity in the gallery, or where the gallery holds one identity only, which any
+            network finds; see `left_out_pairs`.
 
     Raises:
         EvaluationError: No query could be answered.
@@ -142,21 +144,27 @@ def plan_comparisons(split: Split, protocol: str) -> list[Comparison]:
     if protocol not in ("published", "pooled", "camera-pairs"):
         raise ValueError(f"expected published, pooled or camera-pairs, got {protocol!r}")
     comparisons = [Comparison("", split.query, split.gallery)]
+    among = ""
     if protocol == "camera-pairs":
-        comparisons = [
-            Comparison(f"{a}>{b}", _seen_by(a, split.query), _seen_by(b, split.gallery))
-            for a, b in product(_cameras(split.query), _cameras(split.gallery))
-            if a != b
-        ]
+        comparisons = [one for one in _pairs(split) if _says_something(one)]
+        among = ", beside somebody else"
     answerable = [one for one in comparisons if _is_answerable(one)]
     if not answerable:
         cameras = _cameras(split.query + split.gallery)
         raise EvaluationError(
             f"split {split.name}: expected an identity that is searched for in one camera and "
-            f"stands in the gallery of another, got {len(split.query)} query and "
+            f"stands in the gallery of another{among}, got {len(split.query)} query and "
             f"{len(split.gallery)} gallery tracklets of {len(cameras)} camera(s) without one"
         )
     return answerable
+
+
+def left_out_pairs(split: Split, protocol: str) -> list[str]:
+    """Name the camera pairs that `plan_comparisons` leaves out; none for another protocol."""
+    if protocol != "camera-pairs":
+        return []
+    planned = {one.name for one in plan_comparisons(split, protocol)}
+    return [one.name for one in _pairs(split) if one.name not in planned]
 
 
 def embed_tracklets(
@@ -328,6 +336,19 @@ def _embed(embedder: EmbedsClips, tracklet: Tracklet, clip: Clip) -> Vectors:
             f"expected finite embeddings, got NaN or infinity for {tracklet_name(tracklet)}"
         )
     return embedding
+
+
+def _pairs(split: Split) -> list[Comparison]:
+    return [
+        Comparison(f"{a}>{b}", _seen_by(a, split.query), _seen_by(b, split.gallery))
+        for a, b in product(_cameras(split.query), _cameras(split.gallery))
+        if a != b
+    ]
+
+
+def _says_something(comparison: Comparison) -> bool:
+    """Whether the gallery holds somebody to be mistaken for the right one."""
+    return len({one.identity for one in comparison.gallery}) > 1
 
 
 def _seen_by(camera: str, tracklets: Sequence[Tracklet]) -> tuple[Tracklet, ...]:

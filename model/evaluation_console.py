@@ -1,6 +1,9 @@
 """What a person sees of an evaluation: a bar with the time left, then a table."""
 
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +15,7 @@ from rich.table import Table
 from model.evaluation_plan import EvaluationListener, EvaluationTask
 from model.evaluation_runner import evaluate
 from model.report import write_report
+from model.report_facts import describe_left_out
 
 _COLUMNS = (
     ("rank_1", "rank-1"),
@@ -62,7 +66,30 @@ class ConsoleListener(EvaluationListener):
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def run_task(task: EvaluationTask, console: Console) -> bool:
+class _TerminatedError(KeyboardInterrupt):
+    """Raised at SIGTERM, so that it saves as Ctrl-C does."""
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Let the first SIGTERM end the block as Ctrl-C does; a second one ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there can signals be handled
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        raise _TerminatedError
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_task(task: EvaluationTask, console: Console) -> int | None:
     """Evaluate, write the report and show what was measured.
 
     Args:
@@ -70,20 +97,24 @@ def run_task(task: EvaluationTask, console: Console) -> bool:
         console: Where to show it.
 
     Returns:
-        Whether it came to its end; False where Ctrl-C stopped it.
+        The number of the signal that stopped it, SIGINT or SIGTERM; None where it came to its end.
 
     Raises:
         ModelError: See `model.evaluation_runner.evaluate`.
     """
     try:
-        with ConsoleListener(console) as listener:
-            results = evaluate(task, listener)
-    except KeyboardInterrupt:
+        with _terminating():
+            with ConsoleListener(console) as listener:
+                results = evaluate(task, listener)
+            page = write_report(task.output)
+    except KeyboardInterrupt as stopped:
         console.print(f"stopped; the same command goes on from what is in {task.output}")
-        return False
+        return signal.SIGTERM if isinstance(stopped, _TerminatedError) else signal.SIGINT
     console.print(tabulate(results))
-    console.print(f"report: {write_report(task.output)}", highlight=False, soft_wrap=True)
-    return True
+    if left_out := results["pairs_left_out"]:
+        console.print(describe_left_out(left_out), highlight=False, soft_wrap=True, markup=False)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True, markup=False)
+    return None
 
 
 def tabulate(results: Mapping[str, Any]) -> Table:
@@ -92,9 +123,14 @@ def tabulate(results: Mapping[str, Any]) -> Table:
     Args:
         results: From `model.evaluation_runner.evaluate`.
     """
+    seeds = [
+        (name, title)
+        for name, title in (("seed", "seed"), ("frame_seed", "frame seed"))
+        if any(unit[name] is not None for unit in results["units"])
+    ]
     table = Table(
         "split",
-        "seed",
+        *(title for _, title in seeds),
         *(title for _, title in _COLUMNS),
         "queries",
         box=SIMPLE,
@@ -102,11 +138,16 @@ def tabulate(results: Mapping[str, Any]) -> Table:
     )
     for unit in results["units"]:
         figures = [f"{100 * unit[name]:.1f}" for name, _ in _COLUMNS]
-        table.add_row(unit["split"], str(unit["seed"]), *figures, str(unit["queries"]))
+        numbers = ["" if unit[name] is None else str(unit[name]) for name, _ in seeds]
+        table.add_row(unit["split"], *numbers, *figures, str(unit["queries"]))
     table.add_section()
-    table.add_row("mean", "", *(_with_deviation(results, name) for name, _ in _COLUMNS), "")
-    protocol, frames = results["options"]["protocol"], results["options"]["choice"]["frames"]
-    table.title = f"{results['data']['layout']}, {protocol}, frames {frames}, in %"
+    means = (_with_deviation(results, name) for name, _ in _COLUMNS)
+    table.add_row("mean", *("" for _ in seeds), *means, "")
+    options = results["options"]
+    table.title = (
+        f"{results['data']['layout']}, {options['protocol']}, "
+        f"frames {options['choice']['frames']}, {options['precision']}, in %"
+    )
     table.caption = "; ".join(results["sources"])
     if results["seen_identities"]:
         table.caption += f"; up to {results['seen_identities']} tested identities were TRAINED ON"

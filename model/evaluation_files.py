@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -31,8 +32,27 @@ def write_aside(path: Path) -> Iterator[Path]:
             yield draft
     except OSError as error:
         raise EvaluationError(
-            f"could not write {path}: {reason(error)}; what was written before is still there, "
-            "and the same command goes on from it"
+            f"could not write {path}: {reason(error)}; the same command goes on from whatever was "
+            "written before"
+        ) from error
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before any work; it is not made yet.
+
+    Raises:
+        EvaluationError: A file stands in its place or above it, or no file can be made there.
+    """
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        # Asking for permission would not do: a disk may be mounted for reading alone.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise EvaluationError(
+            f"expected a folder that can be written, got {folder}: {there}: {reason(error)}"
         ) from error
 
 

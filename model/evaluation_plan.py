@@ -4,14 +4,17 @@ A *unit* is one checkpoint on one split (and with one seed, where frames are dra
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from model.checkpoint import load_checkpoint
+from model.datasets.findings import shorten
+from model.datasets.layouts import LAYOUTS
 from model.datasets.tracklets import Dataset, Split, natural_key
 from model.embedder import Precision, choose_device, choose_precision
 from model.errors import EvaluationError
@@ -25,6 +28,9 @@ from model.evaluation import (
 from model.runs import FACTS, PRODUCT
 
 FORMAT = "passerby-evaluation-1"
+_PUBLISHED = frozenset(LAYOUTS) - {"folder"}  # their names mean the same people everywhere
+_ANY_NAME = ("utf-8", "surrogateescape")  # file names need not be text
+_LONGEST_NAME = 120  # letters of a unit's file name; file systems take 255 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,27 @@ class EvaluationTask:
         """What the precision asked for means for this device."""
         return choose_precision(self.precision, choose_device(self.device))
 
+    @cached_property
+    def stamp(self) -> str:
+        """What embeddings that are kept here were made of, (12,) hex digits.
+
+        Names, sizes and times of change of all frames. The fingerprint has no times, because a
+        copy is the same data; but here a frame that was changed and kept its size must not go
+        unnoticed.
+
+        Raises:
+            EvaluationError: A frame has gone.
+        """
+        digest = hashlib.sha256()
+        for frame in sorted(frame for one in self.dataset.tracklets for frame in one.frames):
+            try:
+                found = frame.stat()
+            except OSError as error:
+                raise EvaluationError(f"expected a frame at {frame}, got: {error}") from error
+            name = os.path.relpath(frame, self.dataset.root)
+            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(*_ANY_NAME))
+        return digest.hexdigest()[:12]
+
 
 class EvaluationListener:
     """Hears of an evaluation; this one ignores it."""
@@ -134,23 +161,25 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One checkpoint on one split with one seed.
+    """One checkpoint on one split with one seed of drawn frames.
 
     Args:
         subject: Which checkpoint.
         split: Which split.
-        seed: Of the training, for a run; else of drawn frames.
-        frame_seed: Of drawn frames.
+        seed: Of the training; None where the checkpoint names none.
+        frame_seed: Of drawn frames; None where none are drawn.
         seen: Tested identities that the checkpoint was trained on.
+        namesakes: How many tested people have a name that it was trained on in another folder.
         file: Name of its file in the folder of units.
         key: All that decides its outcome.
     """
 
     subject: Subject
     split: Split
-    seed: int
-    frame_seed: int
+    seed: int | None
+    frame_seed: int | None
     seen: tuple[str, ...]
+    namesakes: int
     file: str
     key: dict[str, Any]
 
@@ -199,8 +228,9 @@ def plan_units(task: EvaluationTask, listener: EvaluationListener | None = None)
             f"expected one seed, got {len(set(task.seeds))}: with frames "
             f"{task.options.choice.frames!r} nothing is drawn; several need --frames random"
         )
-    units = []
-    for subject in find_subjects(task.source, listener or EvaluationListener()):
+    listener = listener or EvaluationListener()
+    units: list[Unit] = []
+    for subject in find_subjects(task.source, listener):
         splits = chosen
         if subject.is_run:
             splits = [one for one in [_own_split(subject, task.dataset)] if one in chosen]
@@ -214,6 +244,8 @@ def plan_units(task: EvaluationTask, listener: EvaluationListener | None = None)
             f"expected runs on the splits {', '.join(one.name for one in chosen)}, "
             f"got none in {task.source}"
         )
+    if namesakes := max(unit.namesakes for unit in units):
+        listener.said(f"note: {describe_namesakes(namesakes)}")
     return units
 
 
@@ -255,16 +287,48 @@ def find_subjects(source: Path, listener: EvaluationListener) -> list[Subject]:
 def seen_identities(subject: Subject, task: EvaluationTask, split: Split) -> tuple[str, ...]:
     """Return the tested identities that a checkpoint was trained on, by what it says itself.
 
-    The same layout counts, too: a data set from which a file was lost, or of which another half
-    was drawn, has another fingerprint but the same people.
+    The same published layout counts, too: a copy from which a file was lost has another
+    fingerprint but the same people. In folders of somebody's own, "p1" may be anybody.
     """
+    return _known(subject, split, lambda data: _is_same(data, task))
+
+
+def count_namesakes(subject: Subject, task: EvaluationTask, split: Split) -> int:
+    """Count tested identities whose names occur in the training data of another plain folder."""
+    if task.dataset.layout != "folder":
+        return 0
+    found = _known(
+        subject, split, lambda data: data.get("layout") == "folder" and not _is_same(data, task)
+    )
+    return len(set(found) - set(seen_identities(subject, task, split)))
+
+
+def describe_namesakes(count: int) -> str:
+    """Say what it means that names coincide."""
+    names = "1 name of a tested person also occurs"
+    if count > 1:
+        names = f"{count} names of tested people also occur"
+    return (
+        f"{names} in the training data of another folder; whether they are the same people cannot "
+        "be told"
+    )
+
+
+def _is_same(data: Mapping[str, Any], task: EvaluationTask) -> bool:
+    """Whether a training's people are those of this data, by name."""
+    if data.get("fingerprint") == task.fingerprint:
+        return True
+    return task.dataset.layout in _PUBLISHED and data.get("layout") == task.dataset.layout
+
+
+def _known(
+    subject: Subject, split: Split, counts: Callable[[Mapping[str, Any]], bool]
+) -> tuple[str, ...]:
+    """Tested identities whose names occur in those of its trainings that count."""
     trained: set[str] = set()
-    for data in subject.trainings:
-        same = data.get("fingerprint") == task.fingerprint
-        if same or data.get("layout") == task.dataset.layout:
-            trained |= _identities(data)
-    tested = {one.identity for one in split.query}
-    return tuple(sorted(tested & trained, key=natural_key))
+    for data in filter(counts, subject.trainings):
+        trained |= _identities(data)
+    return tuple(sorted({one.identity for one in split.query} & trained, key=natural_key))
 
 
 def _identities(data: Mapping[str, Any]) -> set[str]:
@@ -292,7 +356,7 @@ def _choose_splits(task: EvaluationTask) -> list[Split]:
     unknown = [name for name in task.splits if name not in known]
     if unknown:
         raise EvaluationError(
-            f"expected splits among {', '.join(known)}, got {', '.join(unknown)}; the splits are "
+            f"expected splits among {', '.join(known)}, got {shorten(unknown)}; the splits are "
             f"{next(iter(known.values())).source}"
         )
     return [known[name] for name in task.splits]
@@ -324,14 +388,30 @@ def _plan_unit(task: EvaluationTask, subject: Subject, split: Split, frame_seed:
             "has never seen. Give its run folder to evaluate the split it was trained on, choose "
             "others with --splits, or say --allow-seen, and the results will say so, too"
         )
-    drawn = task.options.choice.frames == "random"
+    drawn = frame_seed if task.options.choice.frames == "random" else None
     trained = subject.data.get("seed")
-    seed = trained if subject.is_run and isinstance(trained, int) else frame_seed
-    draw = f"-frames-{frame_seed}" if drawn else ""
-    file = re.sub(r"[^A-Za-z0-9._-]", "_", f"{subject.name}-split-{split.name}{draw}") + ".json"
-    frame_seed = frame_seed if drawn else 0
-    key = _unit_key(task, subject, split) | {"seed": seed, "frame_seed": frame_seed}
-    return Unit(subject, split, seed, frame_seed, seen, file, key)
+    seed = trained if isinstance(trained, int) else None
+    key = _unit_key(task, subject, split) | {"seed": seed, "frame_seed": drawn}
+    return Unit(
+        subject,
+        split,
+        seed,
+        drawn,
+        seen,
+        count_namesakes(subject, task, split),
+        _file_name(subject, split, drawn),
+        key,
+    )
+
+
+def _file_name(subject: Subject, split: Split, frame_seed: int | None) -> str:
+    """Name the file of a unit: readable, fit for every file system, and no other unit's."""
+    draw = "" if frame_seed is None else f"-frames-{frame_seed}"
+    wanted = f"{subject.name}-split-{split.name}{draw}"
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", wanted)[:_LONGEST_NAME]
+    if name != wanted:
+        name += f"-{hashlib.sha256(wanted.encode(*_ANY_NAME)).hexdigest()[:8]}"
+    return f"{name}.json"
 
 
 def _unit_key(task: EvaluationTask, subject: Subject, split: Split) -> dict[str, Any]:
@@ -344,6 +424,7 @@ def _unit_key(task: EvaluationTask, subject: Subject, split: Split) -> dict[str,
         "format": FORMAT,
         "checkpoint": subject.fingerprint,
         "data": task.fingerprint,
+        "frames_stamp": task.stamp,
         "split": split.name,
         "source": split.source,
         "tracklets": digest.hexdigest()[:12],

@@ -25,12 +25,19 @@ from model.evaluation import (
     compare,
     embed_tracklets,
     embed_with_attention,
+    left_out_pairs,
     plan_comparisons,
     tested_tracklets,
     tracklet_name,
     used_frames,
 )
-from model.evaluation_files import EmbeddingCache, read_json, write_aside, write_json
+from model.evaluation_files import (
+    EmbeddingCache,
+    read_json,
+    require_writable,
+    write_aside,
+    write_json,
+)
 from model.evaluation_plan import (
     FORMAT,
     EvaluationListener,
@@ -70,6 +77,7 @@ def evaluate(task: EvaluationTask, listener: EvaluationListener | None = None) -
     """
     listener = listener or EvaluationListener()
     started = time.monotonic()
+    require_writable(task.output)
     units = plan_units(task, listener)
     pending = [unit for unit in units if _read_unit(task, unit) is None]
     if len(pending) < len(units):
@@ -100,7 +108,7 @@ def _measure_units(
     task: EvaluationTask, units: Sequence[Unit], listener: EvaluationListener
 ) -> None:
     """Embed and measure, checkpoint by checkpoint; splits of one share their embeddings."""
-    groups: dict[tuple[Path, int], list[Unit]] = {}
+    groups: dict[tuple[Path, int | None], list[Unit]] = {}
     for unit in units:
         groups.setdefault((unit.subject.path, unit.frame_seed), []).append(unit)
     missing = {key: _missing(_open_cache(task, group[0]), group) for key, group in groups.items()}
@@ -116,7 +124,7 @@ def _measure_units(
         cache = _open_cache(task, group[0])
         if missing[key]:
             embedder = _load(task, group[0].subject)
-            _fill(cache, embedder, missing[key], task.options.choice, group[0].frame_seed, tell)
+            _fill(cache, embedder, missing[key], task.options.choice, _draw(group[0]), tell)
         for unit in group:
             write_json(task.output / UNITS / unit.file, _measure(task, unit, cache.embeddings))
 
@@ -127,12 +135,22 @@ def _load(task: EvaluationTask, subject: Subject) -> Embedder:
 
 
 def _open_cache(task: EvaluationTask, unit: Unit) -> EmbeddingCache:
+    return EmbeddingCache(task.output / _cache_file(task, unit))
+
+
+def _cache_file(task: EvaluationTask, unit: Unit) -> str:
+    """Name all that decides an embedding, so that another one is another file."""
     choice = task.options.choice
-    parts = [unit.subject.fingerprint, task.fingerprint, f"{choice.frames}{choice.clip_frames}"]
-    parts += [task.resolved_precision]
-    if choice.frames == "random":
+    parts = [unit.subject.fingerprint, task.fingerprint, task.stamp]
+    parts += [f"{choice.frames}{choice.clip_frames}", task.resolved_precision]
+    if unit.frame_seed is not None:
         parts.append(f"seed{unit.frame_seed}")
-    return EmbeddingCache(task.output / EMBEDDINGS / ("-".join(parts) + ".npz"))
+    return f"{EMBEDDINGS}/{'-'.join(parts)}.npz"
+
+
+def _draw(unit: Unit) -> int:
+    """The seed of drawn frames; any other choice takes no notice of it."""
+    return unit.frame_seed or 0
 
 
 def _missing(cache: EmbeddingCache, units: Sequence[Unit]) -> list[Tracklet]:
@@ -170,7 +188,6 @@ def _measure(task: EvaluationTask, unit: Unit, embeddings: Mapping[str, Vectors]
         parts.append(measures)
         rankings += _rankings(task, unit, comparison, measures, distances)
     measures = average_measures(parts)
-    gallery = {tracklet_name(one) for part in comparisons for one in part.gallery}
     values = {
         "key": unit.key,
         "name": unit.subject.name,
@@ -180,10 +197,12 @@ def _measure(task: EvaluationTask, unit: Unit, embeddings: Mapping[str, Vectors]
         **{name: unit.key[name] for name in ("frames", "clip_frames", "protocol", "reranked")},
         "unit": task.options.unit,
         "seen_identities": len(unit.seen),
+        "namesakes": unit.namesakes,
+        "embeddings": _cache_file(task, unit),
         **_figures(measures),
-        "gallery": len(gallery),
     }
     if task.protocol == "camera-pairs":
+        values["pairs_left_out"] = left_out_pairs(unit.split, task.protocol)
         values["pairs"] = {
             one.name: _figures(part) for one, part in zip(comparisons, parts, strict=True)
         }
@@ -246,13 +265,13 @@ def _rankings(
         order = order_gallery(row, correct, ~(correct & (cameras == query.camera)))
         top = [
             {
-                **_describe_tracklet(task, comparison.gallery[place], unit.frame_seed),
+                **_describe_tracklet(task, comparison.gallery[place], _draw(unit)),
                 "distance": float(row[place]),
                 "correct": bool(correct[place]),
             }
             for place in order[:SHOWN_MATCHES]
         ]
-        described = _describe_tracklet(task, query, unit.frame_seed)
+        described = _describe_tracklet(task, query, _draw(unit))
         pair = {"pair": comparison.name} if comparison.name else {}
         found.append({"query": described, **pair, "rank": int(rank) or None, "top": top})
     return found
@@ -296,8 +315,8 @@ def _keep_attention(task: EvaluationTask, made: Sequence[tuple[Unit, Json]]) -> 
             embedders = {subject.path: _load(task, subject)}  # one at a time in memory
         tracklet = tracklets[_name_of(ranking["query"])]
         choice = task.options.choice
-        attention = embed_with_attention(embedders[subject.path], tracklet, choice, unit.frame_seed)
-        used = used_frames(tracklet, choice, unit.frame_seed)
+        attention = embed_with_attention(embedders[subject.path], tracklet, choice, _draw(unit))
+        used = used_frames(tracklet, choice, _draw(unit))
         frames = [_relative(tracklet.frames[place], task.dataset.root) for place in used]
         file = f"{ATTENTION}/{number}.npz"
         with write_aside(task.output / file) as draft, draft.open("wb") as target:
@@ -375,15 +394,30 @@ def _summarise(task: EvaluationTask, made: Sequence[tuple[Unit, Json]]) -> Json:
         "std": std,
         "over_splits": _spread(units, "split"),
         "over_seeds": _spread(units, "seed"),
-        "splits": len({one["split"] for one in units}),
-        "seeds": len({one["seed"] for one in units}),
+        "over_frame_seeds": _spread(units, "frame_seed"),
+        "splits": _count(units, "split"),
+        "seeds": _count(units, "seed"),
+        "frame_seeds": _count(units, "frame_seed"),
         "sources": sorted({one["source"] for one in units}),
         "seen_identities": max(one["seen_identities"] for one in units),
+        "namesakes": max(one["namesakes"] for one in units),
+        "pairs_left_out": _all_left_out(units),
         "versions": versions(),
     }
 
 
 _NOT_SUMMARISED = ("key", "data", "cmc", "pairs", "rankings")
+
+
+def _count(units: Iterable[Mapping[str, Any]], what: str) -> int:
+    """How many splits or seeds there are; a seed of nothing is None and counts as none."""
+    return len({one[what] for one in units} - {None})
+
+
+def _all_left_out(units: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Camera pairs that were left out of one unit or more."""
+    names = {name for one in units for name in one.get("pairs_left_out", ())}
+    return sorted(names, key=natural_key)
 
 
 def _mean_and_std(units: Iterable[Mapping[str, Any]]) -> tuple[Json, Json]:
@@ -402,4 +436,4 @@ def _spread(units: Sequence[Mapping[str, Any]], over: str) -> Json:
         groups.setdefault(unit[over], []).append(unit)
     averages = [_mean_and_std(members)[0] for members in groups.values()]
     mean, std = _mean_and_std(averages)
-    return {"count": len(groups), "mean": mean, "std": std}
+    return {"count": _count(units, over), "mean": mean, "std": std}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.checkpoint import IMAGENET, Checkpoint
+from model.datasets.checking import check_dataset
 from model.datasets.layouts import fingerprint_dataset, read_dataset
 from model.datasets.tracklets import Dataset, Split
 from model.distillation import TeacherEmbeddings, cache_embeddings, load_teacher
@@ -47,6 +48,23 @@ def plan_experiment(recipe: Recipe, root: Path, *, split_seed: int = 0) -> Exper
         root, recipe.data.layout, seed=split_seed, prid_subset=recipe.data.prid_subset
     )
     return Experiment(recipe, dataset, fingerprint_dataset(dataset))
+
+
+def tell_oddities(experiment: Experiment, listener: Listener) -> None:
+    """Warn of what `passerby check-data` would: people left out are a smaller training set."""
+    dataset = experiment.dataset
+    report = check_dataset(dataset.root, experiment.recipe.data.layout, decode=False)
+    odd = [one for one in report.findings if one.severity == "warning"]
+    if odd:
+        more = f" and {len(odd) - 1} more oddities" if len(odd) > 1 else ""
+        listener.warned(
+            f"{odd[0].where}: {odd[0].what}{more}; `passerby check-data` lists them all"
+        )
+    people = {one.identity for one in dataset.tracklets}
+    used = {one.identity for split in dataset.splits for one in split.train + split.gallery}
+    used |= {one.identity for split in dataset.splits for one in split.query}
+    if left_out := len(people - used):
+        listener.warned(f"{left_out} of {len(people)} identities are in no split")
 
 
 def choose_splits(dataset: Dataset, text: str) -> list[Split]:

@@ -132,11 +132,11 @@ def export_checkpoint(
     """
     file_format = choose_format(path, file_format)
     _require_runtime(file_format)
-    if path.is_dir():
-        raise ExportError(f"expected a file to write, got the folder {path}")
     write = _write_onnx if file_format == "onnx" else _write_torch
     load = _load_onnx if file_format == "onnx" else _load_torch
     try:
+        if path.is_dir():
+            raise ExportError(f"expected a file to write, got the folder {path}")
         # Under a suffix of its kind whatever the name asked for: loaders go by it.
         with written_aside(path, suffix=SUFFIXES[file_format]) as draft:
             write(checkpoint, draft)

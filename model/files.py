@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ASIDE = ".aside-"
+"""How the folders begin in which files are written."""
+
 
 @contextmanager
 def written_aside(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
@@ -23,7 +26,7 @@ def written_aside(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
         OSError: It cannot be written; what the block raises goes on as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".aside-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=ASIDE) as folder:
         draft = Path(folder) / (path.name if suffix is None else f"draft{suffix}")
         yield draft
         with draft.open("rb") as file:
@@ -34,7 +37,9 @@ def written_aside(path: Path, *, suffix: str | None = None) -> Iterator[Path]:
 
 def reason(error: Exception) -> str:
     """What went wrong, without the paths that an OSError repeats."""
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error).partition("\n")[0]  # PyTorch appends a stack of its own
 
 
 def _umask() -> int:

@@ -28,6 +28,14 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+# What Pillow's decoders raise; the last two for headers that claim a huge picture.
+_UNDECODABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 _MODES_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -220,5 +228,5 @@ def read_frame(path: Path, preprocessing: Preprocessing) -> Clip:
     try:
         with Image.open(path) as image:
             return prepare_frame(image, preprocessing)
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
+    except _UNDECODABLE as error:
         raise InvalidFramesError(f"expected an image, could not decode {path}") from error

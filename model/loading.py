@@ -45,14 +45,14 @@ class FrameStore:
     Args:
         paths: Every frame that may be asked for.
         preprocessing: What they go through.
-        limit_bytes: Keep nothing if all of them together need more; by default a quarter of this
-            machine's memory.
+        sharers: How many processes keep their own on this machine. Nothing is kept if all frames
+            together need more than this one's part of a quarter of its memory.
     """
 
     def __init__(
-        self, paths: Sequence[Path], preprocessing: Preprocessing, limit_bytes: int | None = None
+        self, paths: Sequence[Path], preprocessing: Preprocessing, sharers: int = 1
     ) -> None:
-        limit = _memory_bytes() * _MEMORY_SHARE if limit_bytes is None else limit_bytes
+        limit = _memory_bytes() * _MEMORY_SHARE / sharers
         self._paths = paths
         self._preprocessing = preprocessing
         self._kept: dict[Path, Clip] = {}

@@ -144,8 +144,9 @@ def order_gallery(
 def average_measures(parts: Sequence[Measures]) -> Measures:
     """The mean of measures that were taken apart, as of several camera pairs.
 
-    Each part weighs the same, however many queries it has. ``ranks`` and ``average_precisions``
-    are those of all parts, one after another; ``gallery`` is the largest.
+    Each part weighs as much as it has counted queries, so that each query weighs the same: a pair
+    of cameras that share one person says little. ``ranks`` and ``average_precisions`` are those of
+    all parts, one after another; ``gallery`` is the mean of theirs, rounded.
 
     Raises:
         EvaluationError: There is no part.
@@ -155,15 +156,16 @@ def average_measures(parts: Sequence[Measures]) -> Measures:
     length = max(len(part.cmc) for part in parts)
     # Beyond the end of a short gallery every counted query has met its match.
     curves = [np.pad(part.cmc, (0, length - len(part.cmc)), mode="edge") for part in parts]
+    weights = [part.counted for part in parts]
+    precisions = [part.mean_average_precision for part in parts]
+    penalties = [part.mean_inverse_negative_penalty for part in parts]
     return Measures(
-        cmc=np.mean(curves, axis=0),
-        mean_average_precision=float(np.mean([part.mean_average_precision for part in parts])),
-        mean_inverse_negative_penalty=float(
-            np.mean([part.mean_inverse_negative_penalty for part in parts])
-        ),
+        cmc=np.average(curves, axis=0, weights=weights),
+        mean_average_precision=float(np.average(precisions, weights=weights)),
+        mean_inverse_negative_penalty=float(np.average(penalties, weights=weights)),
         ranks=np.concatenate([part.ranks for part in parts]),
         average_precisions=np.concatenate([part.average_precisions for part in parts]),
-        gallery=max(part.gallery for part in parts),
+        gallery=round(float(np.mean([part.gallery for part in parts]))),
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from model.errors import TrainingError
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -77,11 +79,20 @@ class _Gather(torch.autograd.Function):
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[Ranks]:
-    """Join the other processes where `torchrun` started several; alone otherwise."""
+    """Join the other processes where `torchrun` started several; alone otherwise.
+
+    Raises:
+        TrainingError: The environment names several processes but not which one this is.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks()
         return
+    if "RANK" not in os.environ:
+        raise TrainingError(
+            f"expected torchrun's variables beside WORLD_SIZE={count}, got none: start several "
+            "processes with torchrun, or unset WORLD_SIZE"
+        )
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     local = int(os.environ.get("LOCAL_RANK", "0"))

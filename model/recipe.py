@@ -102,6 +102,10 @@ class OptimiserConfig:
         for name in ("decay", "warmup_epochs", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 < self.factor <= 1:
+            raise ValueError(f"factor: expected a share in (0, 1], got {self.factor}")
+        if any(milestone < 1 for milestone in self.milestones):
+            raise ValueError(f"milestones: expected epochs from 1, got {self.milestones}")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones: expected ascending epochs, got {self.milestones}")
         if not 0 <= self.ema < 1:
@@ -132,6 +136,12 @@ class MonitorConfig:
     every_epochs: int = 0
     frames: int = 8
 
+    def __post_init__(self) -> None:
+        if self.every_epochs < 0:
+            raise ValueError(f"every_epochs: expected 0 or more, got {self.every_epochs}")
+        if self.frames < 1:
+            raise ValueError(f"frames: expected at least 1, got {self.frames}")
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -159,6 +169,10 @@ class Recipe:
     distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name: expected a name, got an empty one")
+        if self.network.neck and self.loss.identity == "none":
+            raise ValueError("network.neck: expected an identity loss to train it, got none")
         if self.loss.identity == "none" and not self.loss.triplet and (self.distillation is None):
             raise ValueError(
                 "loss: expected an identity loss, a triplet loss or a teacher, got none"
@@ -197,8 +211,14 @@ def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
         raise RecipeError(f"{name}: {'; '.join(unknown)}")
     try:
         # As JSON, because there a list may stand for a tuple while nothing else is converted.
-        recipe: Recipe = TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
+        recipe: Recipe = TypeAdapter(Recipe).validate_json(
+            json.dumps(values, allow_nan=False), strict=True
+        )
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise RecipeError(
+                f"{name}: expected finite numbers, words and lists: {error}"
+            ) from None
         raise RecipeError(f"{name}: {'; '.join(_described(error))}") from error
     return recipe
 
@@ -222,18 +242,19 @@ def format_recipe(recipe: Recipe) -> str:
 
 
 def _toml(value: object) -> str:
-    # Strings, numbers, booleans and lists of them are written alike in JSON and in TOML.
-    return json.dumps(value, ensure_ascii=False)
+    # Strings, numbers, booleans and lists of them are written alike in JSON and in TOML, but that
+    # TOML also wants DEL escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if path.suffix != ".toml" and not path.exists():
-        bundled = BUNDLED / f"{path}.toml"
+    # Only a file hides a bundled recipe: a data folder may well be called like one.
+    if path.suffix != ".toml" and not path.is_file():
         if str(path) not in bundled_recipes():
             raise RecipeError(
                 f"expected a recipe file or one of {', '.join(bundled_recipes())}; got {path}"
             )
-        path = bundled
+        path = BUNDLED / f"{path}.toml"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

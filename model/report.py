@@ -167,8 +167,10 @@ def _obstacles(evaluation: Evaluation) -> list[str]:
 
 def _comparable(evaluation: Evaluation) -> str:
     return (
-        f"Real {layout_name(evaluation)} with the published splits: the rows \u201cThis "
-        f"evaluation\u201d may be read beside the paper's. {_own_remark(evaluation)}."
+        f"This is {layout_name(evaluation)} with the published splits as far as file names and "
+        "counts tell; nothing here can check pictures or the split file's content. If it is, the "
+        f"rows \u201cThis evaluation\u201d may be read beside the paper's: "
+        f"{_own_remark(evaluation)}."
     )
 
 
@@ -179,6 +181,11 @@ def _own_remark(evaluation: Evaluation) -> str:
     queries = max(unit.queries for unit in evaluation.units)
     told.append(f"{queries} queries in each")
     told.append(f"{evaluation.option('frames')} frames")
+    clip_frames = int(evaluation.option("clip_frames") or 15)
+    if clip_frames != 15:
+        told.append(f"clips of {clip_frames} frames and not of 15")
+    if evaluation.option("unit"):
+        told.append("embeddings scaled to length 1, which the paper's are not said to be")
     if evaluation.option("reranked"):
         told.append("re-ranked, which the paper is not")
     return ", ".join(told)

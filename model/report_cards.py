@@ -169,7 +169,9 @@ class _Answer:
 
     def describe(self, shown: Sequence[Match]) -> str:
         """Say in a line how the query fared."""
-        told = f"split {self.unit.split}, seed {self.unit.seed}"
+        told = f"split {self.unit.split}"
+        told += "" if self.unit.seed is None else f", seed {self.unit.seed}"
+        told += "" if self.unit.frame_seed is None else f", frame seed {self.unit.frame_seed}"
         if self.ranking.pair:
             told += f", {self.ranking.pair.replace('>', ' → ')}"
         if self.place == 1:

@@ -101,13 +101,14 @@ class Unit:
         name: Of the checkpoint.
         checkpoint: Its fingerprint.
         split: Which split.
-        seed: Of the training or of drawn frames.
+        seed: Of the training; None where the checkpoint names none.
+        frame_seed: Of drawn frames; None where none are drawn.
         source: Where the split comes from.
         rates: What was measured.
         cmc: Rates at ranks 1, 2, ...; at least one.
         queries: That have a match in the gallery.
         skipped: That have none.
-        gallery: How many tracklets were searched in.
+        gallery: How many tracklets were searched in; of a pair of cameras, on average.
         pairs: What was measured of each pair of cameras, by "a>b".
         occlusion: By level, where the data say what is hidden.
         rankings: What each query found.
@@ -117,7 +118,8 @@ class Unit:
     name: str
     checkpoint: str
     split: str
-    seed: int
+    seed: int | None
+    frame_seed: int | None
     source: str
     rates: Rates
     cmc: tuple[float, ...]
@@ -137,7 +139,8 @@ class Unit:
             name=str(content.get("name", "")),
             checkpoint=str(content["checkpoint"]),
             split=str(content["split"]),
-            seed=int(content["seed"]),
+            seed=None if content["seed"] is None else int(content["seed"]),
+            frame_seed=int(content["frame_seed"]) if content["frames"] == "random" else None,
             source=str(content["source"]),
             rates=read_rates(content),
             cmc=tuple(float(rate) for rate in content["cmc"]) or (0.0,),
@@ -212,6 +215,11 @@ class Evaluation:
         return list(dict.fromkeys(unit.source for unit in self.units))
 
     @property
+    def pairs_left_out(self) -> list[str]:
+        """Pairs of cameras that say nothing, "a>b", of any unit."""
+        return [str(name) for name in self.results.get("pairs_left_out") or ()]
+
+    @property
     def is_drawn(self) -> bool | None:
         """Whether the data are synthetic; None where they have moved and nobody can tell."""
         if any(unit.occlusion for unit in self.units):
@@ -229,14 +237,9 @@ class Evaluation:
 
     def embeddings(self, unit: Unit) -> dict[str, NDArray[np.float32]]:
         """Return what a unit was measured with, (D,) by `Shown.key`; nothing without a cache."""
-        options = unit.options
-        frames = f"{options.get('frames')}{options.get('clip_frames')}"
-        precision = (self.results.get("options") or {}).get("precision")
-        name = f"{unit.checkpoint}-{self.data.get('fingerprint')}-{frames}-{precision}"
-        if options.get("frames") == "random":
-            name += f"-seed{options.get('frame_seed')}"
-        found = EmbeddingCache(self.folder / "embeddings" / f"{name}.npz").embeddings
-        if not options.get("unit"):
+        file = unit.options.get("embeddings")
+        found = EmbeddingCache(self.folder / str(file)).embeddings if file else {}
+        if not unit.options.get("unit"):
             return found
         return {key: one / (np.linalg.norm(one) or 1) for key, one in found.items()}
 
@@ -249,8 +252,12 @@ def read_evaluation(folder: Path, data: Path | None = None) -> Evaluation:
         data: Where the data lie now; where they lay then, by default.
 
     Raises:
-        EvaluationError: A file is missing, or is not what an evaluation writes.
+        EvaluationError: A file is missing, or is not what an evaluation writes; or ``data`` is no
+            folder.
     """
+    if data is not None and not data.is_dir():
+        found = "a file" if data.exists() else "nothing"
+        raise EvaluationError(f"expected the folder of the data at {data}, got {found}")
     results = _read(folder / "results.json")
     try:
         units = tuple(Unit.of(_read(folder / str(one["file"]))) for one in results["units"])

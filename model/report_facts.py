@@ -1,13 +1,15 @@
 """What a report says in words and numbers: what was measured, how, and what came out."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from model import anchors
 from model.anchors import Benchmark, Figures
+from model.datasets.findings import shorten
 from model.datasets.tracklets import natural_key
+from model.evaluation_plan import describe_namesakes
 from model.report_data import Evaluation, Rates, Unit, read_rates
 
 _LAYOUTS = {"folder": "a folder of tracklets", "mars": "MARS", "market-1501": "Market-1501"}
@@ -22,7 +24,7 @@ _PROTOCOLS = {
     "published": "published: each query in the whole gallery",
     "pooled": "pooled: each query in the whole gallery",
     "camera-pairs": "camera pairs: the queries of each camera in each other camera; the mean over "
-    "pairs, which weigh the same",
+    "pairs, each with the weight of its queries",
 }
 
 
@@ -40,9 +42,12 @@ def describe(evaluation: Evaluation) -> dict[str, Any]:
         "facts": list(_facts(evaluation)),
         "units": [{**asdict(_figures(unit.rates)), **_counts(unit)} for unit in units],
         "has_names": len({unit.name for unit in units}) > 1,
+        "has_seeds": any(unit.seed is not None for unit in units),
+        "has_draws": any(unit.frame_seed is not None for unit in units),
         "mean": mean,
         "deviation": deviation,
         "spreads": _spreads(evaluation),
+        "full": _full(units),
         "pairs": _pair_rows(units),
         "occlusion": _occlusion_rows(units),
         "colophon": _colophon(evaluation),
@@ -126,9 +131,11 @@ def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     splits = sorted({unit.split for unit in evaluation.units}, key=natural_key)
     yield "Splits", f"{len(splits)}: {', '.join(splits)}"
     yield "Where the splits come from", "; ".join(evaluation.sources)
-    seeds = sorted({unit.seed for unit in evaluation.units})
-    yield "Seeds", f"{len(seeds)}: {', '.join(map(str, seeds))}"
+    if seeds := _seeds(unit.seed for unit in evaluation.units):
+        yield "Seeds of training", seeds
     yield "Frames", _frames(evaluation)
+    if seeds := _seeds(unit.frame_seed for unit in evaluation.units):
+        yield "Seeds of drawn frames", seeds
     protocol = str(evaluation.option("protocol"))
     yield "Protocol", _PROTOCOLS.get(protocol, protocol)
     yield (
@@ -143,6 +150,11 @@ def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     reranked = evaluation.option("reranked")
     yield "Re-ranking", "by k-reciprocal neighbours" if reranked else "none"
     yield "People seen in training", _seen(evaluation)
+
+
+def _seeds(seeds: Iterable[int | None]) -> str:
+    found = sorted({seed for seed in seeds if seed is not None})
+    return f"{len(found)}: {', '.join(map(str, found))}" if found else ""
 
 
 def _plain(value: object) -> str:
@@ -195,7 +207,14 @@ def _seen(evaluation: Evaluation) -> str:
     seen = int(evaluation.results.get("seen_identities") or 0)
     if seen:
         return f"{seen} of the tested people were trained on: these figures are no test"
+    if namesakes := _namesakes(evaluation):
+        return f"none of this data, as far as the checkpoint says; but {namesakes}"
     return "none of those tested, as far as the checkpoint says"
+
+
+def _namesakes(evaluation: Evaluation) -> str:
+    count = int(evaluation.results.get("namesakes") or 0)
+    return describe_namesakes(count) if count else ""
 
 
 def _count(number: int, one: str) -> str:
@@ -217,6 +236,7 @@ def _counts(unit: Unit) -> dict[str, Any]:
         "name": unit.name,
         "split": unit.split,
         "seed": unit.seed,
+        "frame_seed": unit.frame_seed,
         "queries": unit.queries,
         "skipped": unit.skipped,
         "gallery": unit.gallery,
@@ -224,17 +244,45 @@ def _counts(unit: Unit) -> dict[str, Any]:
 
 
 def _spreads(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Deviations over splits and over seeds, where there are several of both."""
-    both = [
+    """Deviations over splits and over either kind of seed, where there are several of two."""
+    spreads = [
         (label, evaluation.results.get(key) or {})
         for label, key in (
             ("over splits, seeds averaged", "over_splits"),
             ("over seeds, splits averaged", "over_seeds"),
+            ("over frame seeds, the rest averaged", "over_frame_seeds"),
         )
     ]
-    if not all(spread.get("count", 0) > 1 for _, spread in both):
+    several = [(label, one) for label, one in spreads if one.get("count", 0) > 1]
+    if len(several) < 2:
         return []
-    return [{"label": label, "rates": _figures(read_rates(one["std"]))} for label, one in both]
+    return [{"label": label, "rates": _figures(read_rates(one["std"]))} for label, one in several]
+
+
+def _full(units: Sequence[Unit]) -> str:
+    """Say which ranks hold the whole gallery; "" where none of those shown does."""
+    paired = any(unit.pairs for unit in units)
+    sizes = [int(one["gallery"]) for unit in units for one in unit.pairs.values()]
+    smallest = min(sizes if paired else [unit.gallery for unit in units])
+    full = [f"rank-{k}" for k in (1, 5, 10, 20) if k >= smallest]
+    if not full:
+        return ""
+    named = " and ".join(filter(None, (", ".join(full[:-1]), full[-1])))
+    where = "smallest gallery of a pair of cameras" if paired else "smallest gallery"
+    return (
+        f"The {where} holds {_count(smallest, 'tracklet')}: there {named} of any network is 100 %."
+    )
+
+
+def describe_left_out(pairs: list[str]) -> str:
+    """Say which pairs of cameras do not count; "" where all do."""
+    if not pairs:
+        return ""
+    names = [name.replace(">", " → ") for name in pairs]
+    return (
+        f"{_count(len(pairs), 'pair')} of cameras left out, where no query has its person in the "
+        f"gallery, or the gallery holds one person only: {shorten(names)}"
+    )
 
 
 def _pair_rows(units: Iterable[Unit]) -> list[dict[str, Any]]:
@@ -247,6 +295,7 @@ def _pair_rows(units: Iterable[Unit]) -> list[dict[str, Any]]:
         {
             "name": name.replace(">", " → "),
             "queries": sum(int(one["queries"]) for one in found[name]),
+            "gallery": round(sum(int(one["gallery"]) for one in found[name]) / len(found[name])),
             "rank_1": _mean_percent(one["rank_1"] for one in found[name]),
             "mean_ap": _mean_percent(one["mAP"] for one in found[name]),
         }
@@ -303,6 +352,10 @@ def warn(evaluation: Evaluation, frames: int, missing: int) -> list[str]:
     warnings = []
     if int(evaluation.results.get("seen_identities") or 0):
         warnings.append(f"{_seen(evaluation)}.")
+    if namesakes := _namesakes(evaluation):
+        warnings.append(f"{namesakes}.")
+    if left_out := describe_left_out(evaluation.pairs_left_out):
+        warnings.append(f"{left_out}.")
     skipped = sum(unit.skipped for unit in evaluation.units)
     if skipped:
         warnings.append(

@@ -102,7 +102,7 @@ def draw_cmc(
         axes.set_xlim(0.5, max(length, 2) + 0.5)
         axes.set_ylim(max(0, 10 * np.floor(lowest / 10 - 0.5)), 101.5)
         axes.set_xticks([rank for rank in (1, 5, 10, 15, 20) if rank <= length])
-        written.add(_save(figure, axes, folder / f"cmc{theme.suffix}.svg", theme, "lower right"))
+        written.add(_save(figure, axes, folder / f"cmc{theme.suffix}.svg", theme, "above"))
     return written
 
 
@@ -162,11 +162,22 @@ def _chart(theme: Theme, x_label: str, y_label: str) -> tuple["Figure", "Axes"]:
 
 
 def _save(
-    figure: "Figure", axes: "Axes", path: Path, theme: Theme, place: Literal["best", "lower right"]
+    figure: "Figure", axes: "Axes", path: Path, theme: Theme, place: Literal["best", "above"]
 ) -> Path:
     from matplotlib import rc_context
 
-    axes.legend(frameon=False, labelcolor=theme.ink, loc=place)
+    if place == "best":
+        axes.legend(frameon=False, labelcolor=theme.ink, loc="best")
+    else:  # outside, where no curve is: low ones run along the bottom and high ones along the top
+        figure.subplots_adjust(top=0.91)
+        axes.legend(
+            frameon=False,
+            labelcolor=theme.ink,
+            ncols=2,
+            loc="lower right",
+            bbox_to_anchor=(1, 1.0),
+            borderaxespad=0,
+        )
     # Ids in an SVG are random and its date is now, unless they are told otherwise.
     with rc_context({"svg.hashsalt": "passerby", "svg.fonttype": "path"}):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

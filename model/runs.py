@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from model.datasets.tracklets import Split
 from model.errors import TrainingError
-from model.files import reason, written_aside
+from model.files import ASIDE, reason, written_aside
 from model.loading import identity_labels
 from model.recipe import Recipe, format_recipe, load_recipe
 
@@ -64,6 +65,11 @@ class RunFolder:
         """Whether the run came to its end."""
         return self.product.is_file()
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state to go on from, or what came of it."""
+        return self.is_finished or (self.path / STATE).is_file()
+
     def begin(self, recipe: Recipe, facts: Mapping[str, Any]) -> bool:
         """Begin a run here, or take up the one that is here.
 
@@ -77,15 +83,32 @@ class RunFolder:
         Raises:
             TrainingError: Another run is here, or the folder cannot be written.
         """
-        if (self.path / RECIPE).exists():
+        if self._look():
             self._compare(recipe, facts)
             return True
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        self.write_json(FACTS, {**facts, "versions": versions()})
+        self._write(RECIPE, format_recipe(recipe))  # last: its presence says that a run is here
+        return False
+
+    def _look(self) -> bool:
+        """Whether a run is here; what a killed one left half written is removed."""
+        try:
+            if not self.path.exists():
+                return False
+            names = {entry.name for entry in self.path.iterdir()}
+        except OSError as error:
+            raise TrainingError(
+                f"expected a folder for the run, got {self.path}: {reason(error)}"
+            ) from error
+        for name in sorted(names):
+            if name.startswith(ASIDE):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        if RECIPE in names:
+            return True
+        if any(name != FACTS and not name.startswith(ASIDE) for name in names):
             raise TrainingError(
                 f"expected a new folder or one of a run, got {self.path} with something else in it"
             )
-        self.write_json(FACTS, {**facts, "versions": versions()})
-        self._write(RECIPE, format_recipe(recipe))  # last: its presence says that a run is here
         return False
 
     def _compare(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
@@ -97,10 +120,11 @@ class RunFolder:
             )
         known = self.read_facts()
         for name, value in facts.items():
-            if known.get(name) != value:
+            where, old, new = _first_difference(name, known.get(name), value)
+            if old != new:
                 raise TrainingError(
-                    f"expected to go on with the run in {self.path}, but its {name} is "
-                    f"{_short(known.get(name))} and now it would be {_short(value)}"
+                    f"expected to go on with the run in {self.path}, but its {where} is "
+                    f"{_short(old)} and now it would be {_short(new)}"
                 )
 
     def read_facts(self) -> dict[str, Any]:
@@ -136,7 +160,7 @@ class RunFolder:
                 yield draft
         except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"could not write {self.path / name}: {reason(error)}; what was saved before is "
+                f"could not write {self.path / name}: {reason(error)}; anything saved before is "
                 "still there, and the same command goes on from it"
             ) from error
 
@@ -189,6 +213,14 @@ class RunFolder:
         kept = [line for line in lines if _step_of(line) <= step]
         self._write(LOG, "".join(line + "\n" for line in kept))
 
+    def read_log(self) -> list[dict[str, Any]]:
+        """What was logged so far, oldest line first; nothing where there is no log."""
+        try:
+            lines = (self.path / LOG).read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return []
+        return [json.loads(line) for line in lines]
+
     def log(self, values: Mapping[str, Any]) -> None:
         """Append one line to the log.
 
@@ -205,12 +237,6 @@ class RunFolder:
             ) from error
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a run's log, oldest line first."""
-    lines = (path / LOG).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def describe_split(split: Split, *, layout: str, fingerprint: str) -> dict[str, Any]:
     """What a run and its checkpoint say about their data."""
     return {
@@ -225,10 +251,12 @@ def describe_split(split: Split, *, layout: str, fingerprint: str) -> dict[str, 
     }
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | int]:
     """What a run was made with."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found: dict[str, str | int] = {"python": platform.python_version()}
+    found["torch"] = str(torch.__version__)
     found |= {"numpy": np.__version__, "machine": platform.machine()}
+    found["threads"] = torch.get_num_threads()
     for name in ("passerby", "torchvision", "pillow"):
         try:
             found[name] = version(name)
@@ -248,6 +276,15 @@ def _step_of(line: str) -> int:
 def _difference(kept: Recipe, given: Recipe) -> str:
     lines = set(format_recipe(given).splitlines()) - set(format_recipe(kept).splitlines())
     return ", ".join(sorted(lines)[:3]) or "fewer settings"
+
+
+def _first_difference(name: str, old: object, new: object) -> tuple[str, object, object]:
+    """Where two values differ, as deep in them as it goes."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(key for key in old if key not in new)]:
+            if old.get(key) != new.get(key):
+                return _first_difference(f"{name}.{key}", old.get(key), new.get(key))
+    return name, old, new
 
 
 def _short(value: object) -> str:

@@ -64,7 +64,7 @@ class PKSampler:
         if len(self._by_camera) < identities * ranks:
             raise TrainingError(
                 f"expected at least {identities * ranks} training identities for P = {identities} "
-                f"on {ranks} rank(s), got {len(self._by_camera)}"
+                f"on {ranks} rank(s), got {len(self._by_camera)}; set batch.identities lower"
             )
         self.identities, self.per_identity = identities, per_identity
         self.seed, self.rank, self.ranks = seed, rank, ranks

@@ -7,6 +7,7 @@ was interrupted ends with the very weights of one that was not.
 
 import contextlib
 import importlib.util
+import os
 import signal
 import threading
 import time
@@ -40,13 +41,17 @@ from model.losses import (
     total_loss,
     wrong_logit_mean,
 )
-from model.network import TrackletNet
+from model.network import TrackletNet, build_backbone
 from model.ranks import Ranks
 from model.recipe import Recipe, recipe_values
 from model.runs import Moment, RunFolder
 from model.samplers import PKSampler
 
 LOG_EVERY_STEPS = 10
+ADVICE = (
+    "what was saved before survives, but the same recipe comes to the same: begin another run, in "
+    "another --output, with a lower rate, with clip_norm or with fp32"
+)
 SAVE_EVERY_S = 120.0
 
 
@@ -186,7 +191,7 @@ class Trainer:
             ranks=self.ranks.count,
         )
         frames = [path for one in self.tracklets for path in one.frames]
-        self.store = FrameStore(frames, recipe.preprocessing)
+        self.store = FrameStore(frames, recipe.preprocessing, sharers=self.ranks.count)
         self.loader = ClipLoader(
             self.tracklets,
             sampler,
@@ -217,21 +222,28 @@ class Trainer:
         self.moment = Moment()
         self._stop: int | None = None
         self._window = _Window()
-        attention = recipe.network.attention
-        cells = (recipe.preprocessing.height * recipe.preprocessing.width) // _cell_pixels(recipe)
         self._health = HealthWatch(
-            cells,
+            count_cells(recipe),
             recipe.loss.margin if recipe.loss.triplet else None,
-            has_attention=attention != "none",
+            has_attention=recipe.network.attention != "none",
         )
 
     def _build(self) -> Learner:
-        network, self._start = start_network(self.recipe, self.job.seed)
+        if self.folder.has_state:
+            # The state has the weights; where they began is on record.
+            network = TrackletNet(self.recipe.network)
+            self._start = self.folder.read_facts().get("start", {})
+        else:
+            network, self._start = start_network(self.recipe, self.job.seed)
         teacher_dim = None if self.job.teacher is None else self.job.teacher.dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.job.seed)
             learner = Learner(network, self.recipe, len(self.loader.labels), teacher_dim)
         if self.recipe.optimiser.sync_batch_norm and self.ranks.count > 1:
+            if self.device.type != "cuda":
+                raise TrainingError(
+                    f"expected GPUs for optimiser.sync_batch_norm, got {self.device}"
+                )
             converted = nn.SyncBatchNorm.convert_sync_batchnorm(learner)  # type: ignore[no-untyped-call]
             if not isinstance(converted, Learner):
                 raise TrainingError("expected batch normalisation that can be synchronised")
@@ -249,13 +261,6 @@ class Trainer:
         """Optimiser steps in all."""
         return self.steps_per_epoch * self.recipe.optimiser.epochs
 
-    @property
-    def frames_per_step(self) -> int:
-        """Frames that all ranks see in one step."""
-        batch = self.recipe.batch
-        clips = batch.identities * batch.tracklets * batch.accumulate * self.ranks.count
-        return clips * batch.frames
-
     def run(self) -> Path | None:
         """Train to the end, from where the run stands.
 
@@ -267,8 +272,9 @@ class Trainer:
             DatasetError: Frames cannot be decoded.
         """
         if self.ranks.is_first:
-            facts = {"seed": self.job.seed, "data": dict(self.job.data), "ranks": self.ranks.count}
-            self.folder.begin(self.recipe, facts)
+            known = self.folder.begin(self.recipe, self._facts())
+            if known:
+                self._compare_threads()
         self.ranks.wait()
         if self.folder.is_finished:
             self.listener.said(f"this run is finished: {self.folder.product}")
@@ -282,18 +288,40 @@ class Trainer:
             return None
         return self._finish()
 
+    def _facts(self) -> dict[str, Any]:
+        """What decides the weights besides the recipe."""
+        teacher = None if self.job.teacher is None else self.job.teacher.teacher
+        return {
+            "seed": self.job.seed,
+            "data": dict(self.job.data),
+            "ranks": self.ranks.count,
+            "teacher": teacher,
+            "start": self._start,
+        }
+
+    def _compare_threads(self) -> None:
+        before = self.folder.read_facts().get("versions", {}).get("threads")
+        if before != torch.get_num_threads():
+            self.listener.warned(
+                f"this run began with {before} threads and goes on with {torch.get_num_threads()}: "
+                "sums are taken in another order, so its weights may differ in their last bits"
+            )
+
     def _train(self) -> None:
-        self._began, self._begun_at = time.monotonic(), self.moment
+        self._began, self._begun_at, self._frames = time.monotonic(), self.moment, 0
         self._saved_at = self._began
-        if self.moment == Moment():
-            self._measure(0)
+        if self.moment.batch == 0:
+            self._measure(self.moment.epoch)  # unless that was done before the interruption
         for epoch in range(self.moment.epoch, self.recipe.optimiser.epochs):
             batches = self.loader.epoch(epoch, self.moment.batch)
             with contextlib.closing(batches):
                 self._train_epoch(epoch, batches)
-            if self._stop is not None:
+            if self._is_stopped():
                 return
             self._measure(epoch + 1)
+            if self._is_stopped():
+                self._save()
+                return
 
     def _train_epoch(self, epoch: int, batches: Iterator[Batch]) -> None:
         first, last = self.moment.batch, len(self.loader) - 1
@@ -303,6 +331,7 @@ class Trainer:
             if len(group) < self.recipe.batch.accumulate and number < last:
                 continue
             loss = self._step(group, epoch, number)
+            self._frames += sum(one.clips.shape[:2].numel() for one in group) * self.ranks.count
             group = []
             ended = number == last
             elapsed = self._begun_at.elapsed_s + time.monotonic() - self._began
@@ -310,12 +339,20 @@ class Trainer:
                 epoch + ended, 0 if ended else number + 1, self.moment.step + 1, elapsed
             )
             self._tell(epoch, loss)
-            if self.ranks.any(self._stop is not None):
-                self._stop = self._stop or signal.SIGTERM
+            if self._is_stopped():
                 self._save()
                 return
             if self.ranks.any(time.monotonic() - self._saved_at > self.job.save_every_s):
                 self._save()
+
+    def _is_stopped(self) -> bool:
+        """Whether any rank was told to stop, before the last step; all ranks must ask."""
+        if self.moment.step == self.steps:  # nothing is left but to finish
+            self._stop = None
+        if self.ranks.any(self._stop is not None):
+            self._stop = self._stop or signal.SIGTERM
+            return True
+        return False
 
     def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
@@ -323,8 +360,9 @@ class Trainer:
         except InvalidFramesError as error:
             self._save()
             raise DatasetError(
-                f"{error}; the run is saved at step {self.moment.step}: repair or remove the "
-                "tracklet, `passerby check-data` lists all such frames"
+                f"{error}; the run is saved at step {self.moment.step} and goes on once that very "
+                "file is restored (`passerby check-data` lists all such frames); other data make "
+                "another run, which needs another --output"
             ) from error
 
     def _step(self, group: list[Batch], epoch: int, number: int) -> float:
@@ -396,14 +434,14 @@ class Trainer:
         raise TrainingError(
             f"the loss is {loss.item()} after {self.moment.step} steps, in epoch "
             f"{self.moment.epoch}, batch {self.moment.batch}, of {', '.join(names)}; "
-            "the state saved before survives. A lower rate, clip_norm or fp32 may help"
+            f"{ADVICE}"
         )
 
     def _tell(self, epoch: int, loss: float) -> None:
         spent = time.monotonic() - self._began
         done = self.moment.step - self._begun_at.step
         left = (self.steps - self.moment.step) * spent / done
-        pace = done * self.frames_per_step / spent
+        pace = self._frames / spent
         self.listener.progress(Progress(self.moment.step, self.steps, epoch, loss, pace, left))
         if self.moment.step % LOG_EVERY_STEPS and self.moment.step != self.steps:
             return
@@ -418,10 +456,13 @@ class Trainer:
             return
         time_s = round(self._begun_at.elapsed_s + time.monotonic() - self._began, 3)
         self.folder.log({"step": self.moment.step, "time_s": time_s, **values})
-        if self._board is not None:
+        try:
             for name, value in values.items():
-                if isinstance(value, float):
+                if self._board is not None and isinstance(value, float):
                     self._board.add_scalar(name, value, self.moment.step)
+        except OSError as error:  # its own thread failed to write; the run does not need it
+            self._board = None
+            self.listener.warned(f"TensorBoard could not write: {error.strerror}")
 
     def _measure(self, epoch: int) -> None:
         every = self.recipe.monitor.every_epochs
@@ -429,8 +470,10 @@ class Trainer:
         if not every or self.job.measure is None or (epoch % every and not last):
             return
         if self.ranks.is_first:
+            if any(row.get("measured") == epoch for row in self.folder.read_log()):
+                return
             measured = dict(self.job.measure(self._product()))
-            self._log({"epoch": epoch, **measured})
+            self._log({"epoch": epoch, "measured": epoch, **measured})
             shown = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
             self.listener.said(f"after epoch {epoch}: {shown}")
         self.ranks.wait()
@@ -467,12 +510,20 @@ class Trainer:
 
     def _save(self) -> None:
         if self.ranks.is_first:
+            self._refuse_bad_weights()
             scaler = self.scaler.state_dict()
             extra = (
                 {"scale": scaler["scale"], "growth": scaler["_growth_tracker"]} if scaler else {}
             )
             self.folder.save_state(self._tensors(), self.moment, extra)
         self._saved_at = time.monotonic()
+
+    def _refuse_bad_weights(self) -> None:
+        if all(bool(one.isfinite().all()) for one in self.learner.parameters()):
+            return
+        raise TrainingError(
+            f"the weights hold NaN or infinity after {self.moment.step} steps; {ADVICE}"
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"learner.{name}": one for name, one in self.learner.state_dict().items()}
@@ -525,7 +576,9 @@ class Trainer:
         def stop(number: int, _: FrameType | None) -> None:
             self._stop = number
             signal.signal(number, before[signal.Signals(number)])
-            self.listener.said("stopping after this step; once more to stop without saving")
+            if self.ranks.is_first:
+                # A console that is printing must not be entered again from a handler.
+                os.write(2, b"\nstopping after this step; once more to stop without saving\n")
 
         for number in before:
             signal.signal(number, stop)
@@ -550,7 +603,8 @@ class Trainer:
         try:
             yield board
         finally:
-            board.close()
+            with contextlib.suppress(OSError):  # a full disk: the log has it all, too
+                board.close()
 
     @property
     def stopped_by(self) -> int:
@@ -614,6 +668,10 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _cell_pixels(recipe: Recipe) -> int:
-    """Pixels of a frame per cell of its map."""
-    return 16 * 16 if recipe.network.backbone == "resnet50" else 4 * 4
+def count_cells(recipe: Recipe) -> int:
+    """Cells of a frame's attention map."""
+    with torch.device("meta"):
+        backbone = build_backbone(recipe.network.backbone).eval()
+        frame = torch.empty(1, 3, recipe.preprocessing.height, recipe.preprocessing.width)
+        _, _, rows, columns = backbone(frame).shape
+    return int(rows * columns)

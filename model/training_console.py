@@ -13,8 +13,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from model.datasets.tracklets import Split
 from model.distillation import TeacherEmbeddings
-from model.experiment import Experiment, ask_teacher, make_job, run_folders
+from model.errors import TrainingError
+from model.experiment import Experiment, ask_teacher, make_job, run_folders, tell_oddities
 from model.ranks import Ranks, joined_ranks
+from model.runs import RECIPE
 from model.training import Listener, Trainer
 from model.training import Progress as Done
 
@@ -32,9 +34,9 @@ class ConsoleListener(Listener):
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -69,7 +71,7 @@ class ConsoleListener(Listener):
         self._show(self._title, progress.step, progress.steps, facts)
         last = progress.step == progress.steps
         if not self._console.is_terminal and (last or time.monotonic() > self._next_line):
-            self._console.print(f"{self._title}: {facts}", highlight=False, soft_wrap=True)
+            self.said(facts)
             self._next_line = time.monotonic() + LINE_EVERY_S
 
     def said(self, text: str) -> None:
@@ -123,9 +125,14 @@ def train_all(
         ModelError: A run cannot begin or go on, see `model.training.Trainer`.
     """
     folders = run_folders(output, splits, seeds)
+    if len(folders) > 1 and (output / RECIPE).exists():
+        raise TrainingError(f"expected a folder of runs, got {output}, which is a run itself")
     with joined_ranks(device) as ranks:
+        with _listening(console, "data", ranks) as listener:
+            tell_oddities(experiment, listener)
         # Beside the run, which begins in an empty folder.
-        teacher = _ask_teacher(experiment, splits, output.parent / ".teacher", console, ranks)
+        cache = output.absolute().parent / ".teacher"
+        teacher = _ask_teacher(experiment, splits, cache, console, ranks)
         for split, seed in product(splits, seeds):
             folder = folders[split.name, seed]
             with _listening(console, folder.path.name, ranks) as listener:

@@ -164,6 +164,7 @@ def check_dataset(
         findings.append(Finding("error", ".", str(error)))
     findings += _check_named(survey, layout)
     findings += _check_identities(survey)
+    findings += _check_cameras(survey)
     findings += _check_lengths(survey, layout)
     if layout not in _SPARSE:
         findings += _check_numbers(survey)
@@ -214,6 +215,19 @@ def _check_identities(survey: Survey) -> Iterator[Finding]:
         elif len(cameras) == 1:
             what = "seen by one camera only: nothing to find by another"
             yield Finding(severity, f"{identity} ({cameras[0]})", what)
+
+
+def _check_cameras(survey: Survey) -> Iterator[Finding]:
+    """Cameras that hardly saw anybody, which a misspelt folder looks like."""
+    severity: Severity = "note" if survey.published else "warning"
+    people = [one for one in survey.tracklets if one.identity not in survey.distractors]
+    counts = Counter(camera for cameras in cameras_of(people).values() for camera in cameras)
+    busiest = max(counts.values(), default=0)
+    for camera in sorted(counts, key=natural_key):
+        if counts[camera] * 10 < busiest:
+            where = f"{camera} ({counts[camera]:,} of {busiest:,})"
+            what = "a camera that saw under a tenth of the busiest one's people: a misnamed folder?"
+            yield Finding(severity, where, what)
 
 
 def _check_lengths(survey: Survey, layout: Layout) -> Iterator[Finding]:

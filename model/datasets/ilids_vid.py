@@ -25,13 +25,14 @@ from model.datasets.splits import (
     read_matrix,
     sort_tracklets,
 )
-from model.datasets.tracklets import Split, natural_key
+from model.datasets.tracklets import Split, Tracklet, natural_key
 from model.errors import DatasetError
 
 INNER = "i-LIDS-VID"
 CAMERAS = ("cam1", "cam2")
 PERSONS = 300
 SHORTEST, LONGEST = 23, 192  # frames of a published tracklet
+LEAST_MEAN, MOST_MEAN = 66, 80  # around the published mean of 73
 MATLAB_FILE = "train_test_splits_ilidsvid.mat"
 MATLAB_KEY = "ls_set"
 JSON_FILE = "splits_ilidsvid.json"
@@ -70,10 +71,21 @@ def survey_ilids_vid(root: Path) -> Survey:
             where = f"{place(one.frames[0].parent, root)} ({len(one.frames)} frames)"
             what = f"expected {SHORTEST} to {LONGEST} frames as published"
             findings.append(Finding("warning", where, what))
+    findings += _check_mean(tracklets)
     if _split_file(root) is None:
         what = f"no {MATLAB_FILE} or {JSON_FILE}: random halves instead of the published splits"
         findings.append(Finding("warning", ".", what))
     return Survey(root, sort_tracklets(tracklets), tuple(findings))
+
+
+def _check_mean(tracklets: Sequence[Tracklet]) -> list[Finding]:
+    """Warn of tracklets that broke off at their ends, where everybody is there."""
+    frames = sum(len(one.frames) for one in tracklets)
+    whole = len(tracklets) == len(CAMERAS) * PERSONS
+    if not whole or LEAST_MEAN <= frames / len(tracklets) <= MOST_MEAN:
+        return []
+    what = f"expected about 73 frames a tracklet as published, got {frames / len(tracklets):.0f}"
+    return [Finding("warning", ".", f"{what}: half-copied?")]
 
 
 def split_ilids_vid(survey: Survey, *, seed: int, splits: int) -> tuple[Split, ...]:
@@ -157,8 +169,8 @@ def _from_indices(row: Any, persons: Sequence[str], *, file: str, number: int, r
     if whole and len(row) != len(persons):
         # One person too few would move every later index to somebody else.
         raise DatasetError(
-            f"expected the {len(row)} persons that {file} counts, got {len(persons)} in {root}; is "
-            f"the copy whole? `passerby check-data {root}` lists what is missing"
+            f"expected the {len(row)} persons that {file} counts, got {len(persons)} in {root}; "
+            "the copy may not be whole"
         )
     if not whole or sorted(row) != expected:
         raise DatasetError(

@@ -73,12 +73,17 @@ def read_dataset(
     survey, layout = survey_dataset(root, layout, seed=seed)
     errors = [finding for finding in survey.findings if finding.severity == "error"]
     if errors:
-        more = f", and {len(errors) - 1:,} more errors" if len(errors) > 1 else ""
+        others = len(errors) - 1
+        more = f", and {others:,} more error{'' if others == 1 else 's'}" if others else ""
         raise DatasetError(
             f"{survey.root}: {errors[0].where}: {errors[0].what}{more}; "
             f"`passerby check-data {root}` lists them all"
         )
-    divisions = split_survey(survey, layout, seed=seed, splits=splits, prid_subset=prid_subset)
+    try:
+        divisions = split_survey(survey, layout, seed=seed, splits=splits, prid_subset=prid_subset)
+    except DatasetError as error:
+        # Only here: the checker, which says the same, must not send people to itself.
+        raise DatasetError(f"{error}; `passerby check-data {root}` lists what is amiss") from error
     return Dataset(layout, survey.root, survey.tracklets, divisions)
 
 

@@ -238,8 +238,8 @@ def check_division(
     if absent := absent_persons(divisions, present):
         raise DatasetError(
             f"{file}: expected everybody that it names in both cameras, "
-            f"got {len(absent):,} that are not: {shorten(absent)}; is the copy whole? "
-            f"`passerby check-data {root}` lists what is missing"
+            f"got {len(absent):,} that are not: {shorten(absent)}; "
+            f"the copy in {root} may not be whole"
         )
 
 

@@ -144,6 +144,20 @@ def test_one_camera_only_is_a_warning(folder: Path) -> None:
     assert report.ok
 
 
+def test_a_camera_that_hardly_saw_anybody_is_a_warning(folder: Path) -> None:
+    for person in range(5, 12):
+        for camera in (1, 2):
+            frame = folder / f"p{person}" / f"c{camera}" / "1.png"
+            frame.parent.mkdir(parents=True)
+            Image.new("RGB", (9, 16), (person, camera, 0)).save(frame)
+    (folder / "p1" / "c1").rename(folder / "p1" / "C1")
+
+    report = check_dataset(folder)
+
+    what = "a camera that saw under a tenth of the busiest one's people: a misnamed folder?"
+    assert ("warning", "C1 (1 of 11)", what) in said(report)
+
+
 def test_frames_of_another_tracklet_are_a_warning(folder: Path) -> None:
     """A tracklet copied to the wrong person trains the network on a contradiction."""
     for number in (1, 2):

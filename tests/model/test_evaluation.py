@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -28,15 +31,18 @@ from model.evaluation import (
     embed_tracklets,
     euclidean_distances,
     evaluate_split,
+    left_out_pairs,
     plan_comparisons,
     resolve_protocol,
     tracklet_name,
 )
+from model.evaluation_console import tabulate
 from model.evaluation_files import EmbeddingCache
 from model.evaluation_plan import (
     EvaluationListener,
     EvaluationOptions,
     EvaluationTask,
+    describe_namesakes,
     plan_units,
     read_choice,
     read_seeds,
@@ -279,12 +285,28 @@ def test_camera_pairs_search_each_camera_in_each_other() -> None:
 
 
 def test_a_camera_pair_without_a_common_identity_is_left_out() -> None:
-    test = (tracklet("a", "1"), tracklet("a", "2"), tracklet("b", "3"), tracklet("b", "1"))
+    test = tuple(tracklet(*one) for one in ("a1", "b1", "a2", "b2", "c3", "d3"))
     split = Split("0", (), test, test, "by hand")
 
     names = [one.name for one in plan_comparisons(split, "camera-pairs")]
 
-    assert names == ["1>2", "1>3", "2>1", "3>1"]
+    assert names == ["1>2", "2>1"]
+    assert left_out_pairs(split, "camera-pairs") == ["1>3", "2>3", "3>1", "3>2"]
+
+
+def test_a_camera_pair_in_whose_gallery_one_person_stands_is_left_out_and_named() -> None:
+    """Any network finds that person: it would be a rank-1 of 100 %."""
+    test = tuple(tracklet(*one) for one in ("a1", "a2", "b3", "b1"))
+    split = Split("0", (), test, test, "by hand")
+
+    names = [one.name for one in plan_comparisons(split, "camera-pairs")]
+
+    assert names == ["2>1", "3>1"]
+    assert left_out_pairs(split, "camera-pairs") == ["1>2", "1>3", "2>3", "3>2"]
+    assert left_out_pairs(split, "pooled") == []
+    alone = Split("0", (), test[:2], test[:2], "by hand")
+    with pytest.raises(EvaluationError, match="in the gallery of another, beside somebody else"):
+        plan_comparisons(alone, "camera-pairs")
 
 
 @pytest.mark.parametrize("protocol", ["published", "pooled", "camera-pairs"])
@@ -353,7 +375,8 @@ def test_results_are_the_mean_and_deviation_over_splits(task: EvaluationTask) ->
     assert json.loads((task.output / "results.json").read_text()) == results
     assert results["options"]["protocol"] == "camera-pairs"
     assert results["sources"] == ["random half, seed 0"]
-    assert (results["splits"], results["seeds"]) == (2, 1)
+    assert (results["splits"], results["seeds"], results["frame_seeds"]) == (2, 0, 0)
+    assert (results["namesakes"], results["pairs_left_out"]) == (0, [])
 
 
 def test_a_unit_tells_what_each_query_found(task: EvaluationTask) -> None:
@@ -363,7 +386,8 @@ def test_a_unit_tells_what_each_query_found(task: EvaluationTask) -> None:
     unit = json.loads((task.output / summary["file"]).read_text())
     assert results["std"]["rank_1"] is None
     assert set(unit["pairs"]) == {"cam_1>cam_2", "cam_2>cam_1"}
-    assert (unit["queries"], unit["skipped"], unit["gallery"]) == (8, 0, 8)
+    assert (unit["queries"], unit["skipped"], unit["gallery"]) == (8, 0, 4)
+    assert unit["pairs_left_out"] == []
     assert len(unit["rankings"]) == 8
     assert unit["rank_1"] == pytest.approx(
         statistics.mean(one["rank"] == 1 for one in unit["rankings"])
@@ -492,11 +516,30 @@ def test_several_seeds_draw_several_times(task: EvaluationTask) -> None:
     results = evaluate(drawn)
 
     assert len(results["units"]) == 6
-    assert results["seeds"] == 3
-    assert results["over_seeds"]["count"] == 3
+    assert (results["seeds"], results["frame_seeds"]) == (0, 3)
+    assert results["over_frame_seeds"]["count"] == 3
+    assert {unit["frame_seed"] for unit in results["units"]} == {0, 1, 2}
     assert results["over_splits"]["count"] == 2
+    assert [column.header for column in tabulate(results).columns][:3] == [
+        "split",
+        "frame seed",
+        "rank-1",
+    ]
     with pytest.raises(EvaluationError, match="expected one seed, got 2"):
         evaluate(with_choice(task, ClipChoice("even"), seeds=(0, 1)))
+
+
+def test_a_seed_is_shown_where_there_is_one_and_the_precision_always(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    save_run(tmp_path / "run", task.dataset.splits[1], seed=5)
+
+    plain = tabulate(evaluate(replace(task, splits=["0"])))
+    run = tabulate(evaluate(replace(task, source=tmp_path / "run", output=tmp_path / "other")))
+
+    assert [column.header for column in plain.columns][:2] == ["split", "rank-1"]
+    assert [column.header for column in run.columns][:2] == ["split", "seed"]
+    assert "fp32" in str(plain.title)
 
 
 @pytest.mark.parametrize("frames", ["even", "all", "random"])
@@ -568,16 +611,67 @@ def test_a_checkpoint_that_knows_who_is_tested_is_refused(
     assert allowed["seen_identities"] == 4
 
 
-def test_a_copy_of_the_data_with_another_fingerprint_is_refused_as_well(
+def test_a_copy_of_published_data_with_another_fingerprint_is_refused_as_well(
     task: EvaluationTask, tmp_path: Path
 ) -> None:
-    save_run(tmp_path, task.dataset.splits[0])
+    provenance = trained_on(task.dataset.splits[0])
+    save_run(tmp_path, task.dataset.splits[0], data=provenance["data"] | {"layout": "mars"})
     file = replace(task, source=tmp_path / "model.safetensors", fingerprint="data-ffffffffffff")
+    heard = Counter()
+
+    with pytest.raises(EvaluationError, match="trained on 4"):
+        plan_units(replace(file, dataset=replace(task.dataset, layout="mars")))
+    assert len(plan_units(file, heard)) == 2
+    assert heard.lines == []
+
+
+@pytest.mark.parametrize("is_start", [False, True])
+def test_names_that_occur_in_another_folder_are_told_and_not_refused(
+    task: EvaluationTask, tmp_path: Path, is_start: bool
+) -> None:
+    """Everybody calls somebody p1; only the very same data are the same people."""
+    known = trained_on(task.dataset.splits[0])
+    saved = {"data": {}, "start": known} if is_start else known
+    save_run(tmp_path, task.dataset.splits[0], **saved)
+    file = replace(task, source=tmp_path / "model.safetensors")
+    heard = Counter()
 
     with pytest.raises(EvaluationError, match="trained on 4"):
         plan_units(file)
-    elsewhere = replace(file, dataset=replace(task.dataset, layout="mars"))
-    assert len(plan_units(elsewhere)) == 2
+    results = evaluate(replace(file, fingerprint="data-ffffffffffff"), heard)
+
+    assert [unit["namesakes"] for unit in results["units"]] == [0, 4]
+    assert (results["namesakes"], results["seen_identities"]) == (4, 0)
+    assert heard.lines == [f"note: {describe_namesakes(4)}"]
+
+
+def test_runs_whose_names_differ_in_letters_of_other_scripts_have_their_own_files(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    for name in ("läufe", "lüufe", "plain"):
+        save_run(tmp_path / "runs" / name, task.dataset.splits[0])
+
+    units = plan_units(replace(task, source=tmp_path / "runs"))
+
+    files = [unit.file for unit in units]
+    assert len(set(files)) == 3
+    assert "plain-split-0.json" in files
+    assert all(file.isascii() for file in files)
+
+
+def test_frames_that_changed_and_kept_their_size_are_embedded_again(
+    task: EvaluationTask,
+) -> None:
+    evaluate(task)
+    frame = task.dataset.tracklets[0].frames[0]
+    times = frame.stat()
+    heard = Counter()
+
+    os.utime(frame, ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000_000))
+    evaluate(replace(task), heard)  # a new task, as of a new process
+
+    os.utime(frame, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert heard.total == 16
 
 
 def test_a_run_is_evaluated_on_its_own_split_alone(task: EvaluationTask, tmp_path: Path) -> None:
@@ -669,6 +763,11 @@ def test_splits_that_are_not_there_are_refused(task: EvaluationTask) -> None:
         evaluate(replace(task, splits=[]))
 
 
+def test_a_long_choice_of_splits_that_are_not_there_is_shortened(task: EvaluationTask) -> None:
+    with pytest.raises(EvaluationError, match="got 2, 3, 4, 5, 6 and 999,993 more;"):
+        plan_units(replace(task, splits=read_choice("0-999999")))
+
+
 def test_choices_are_read_as_numbers_ranges_and_names() -> None:
     assert read_choice("0-3") == ["0", "1", "2", "3"]
     assert read_choice("4, 0-1,1,official") == ["4", "0", "1", "official"]
@@ -692,8 +791,8 @@ def test_the_command_evaluates_writes_a_report_and_shows_a_table(
 
     assert outcome.exit_code == 0, outcome.output
     assert "±" in outcome.output
-    assert (tmp_path / "evaluation" / "index.html").is_file()
-    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert (tmp_path / "net-evaluation" / "index.html").is_file()
+    results = json.loads((tmp_path / "net-evaluation" / "results.json").read_text())
     assert [unit["split"] for unit in results["units"]] == ["0", "1"]
 
 
@@ -731,8 +830,38 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     assert "the same command goes on" in outcome.output
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(task: EvaluationTask) -> None:
-    task.output.write_text("a file stands in the way")
+def test_sigterm_saves_as_ctrl_c_does(
+    task: EvaluationTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a scheduler sends; the status is that of a process which it ended."""
+    add, before = EmbeddingCache.add, signal.getsignal(signal.SIGTERM)
 
-    with pytest.raises(EvaluationError, match="could not write"):
-        evaluate(task)
+    def add_five(cache: EmbeddingCache, name: str, embedding: NDArray[np.float32]) -> None:
+        add(cache, name, embedding)
+        if len(cache.embeddings) == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(EmbeddingCache, "add", add_five)
+    arguments = ["evaluate", str(task.source), "--data", str(task.dataset.root)]
+
+    outcome = CliRunner().invoke(app, arguments)
+
+    assert outcome.exit_code == 143
+    assert "the same command goes on" in outcome.output
+    [kept] = (task.source.parent / "net-evaluation" / "embeddings").glob("*.npz")
+    assert len(EmbeddingCache(kept).embeddings) == 5
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    task: EvaluationTask, below: str
+) -> None:
+    task.output.write_text("a file stands in the way")
+    heard = Counter()
+
+    with pytest.raises(EvaluationError, match="expected a folder that can be written") as caught:
+        evaluate(replace(task, output=task.output / below), heard)
+    assert "before" not in str(caught.value)
+    assert (heard.done, heard.lines) == (0, [])
+    assert not list(task.source.parent.glob(".aside-*"))

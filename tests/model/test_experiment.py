@@ -13,7 +13,7 @@ from model.datasets.presets import preset_set
 from model.datasets.synthetic import write_set
 from model.errors import DatasetError, ModelError, RecipeError, TrainingError
 from model.experiment import choose_splits, run_folders
-from model.runs import RunFolder, read_log
+from model.runs import RunFolder
 
 SMALL = [
     "network.backbone=conv5",
@@ -56,7 +56,7 @@ def test_a_run_measures_itself_by_the_protocol_of_its_data(drawn: Path, tmp_path
     result = train(drawn, tmp_path / "run", "--set", "monitor.every_epochs=1")
 
     assert result.exit_code == 0, result.output
-    measured = [row for row in read_log(tmp_path / "run") if "rank_1" in row]
+    measured = [row for row in RunFolder(tmp_path / "run").read_log() if "rank_1" in row]
     assert [row["epoch"] for row in measured] == [0, 1, 2]
     assert all(0 <= row["mAP"] <= 1 for row in measured)
 

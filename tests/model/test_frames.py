@@ -185,6 +185,17 @@ def test_frames_of_another_shape_or_type_are_refused() -> None:
         normalise(torch.zeros(1, 64, 32, 3), SMALL)
 
 
+def test_a_header_that_claims_a_huge_picture_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.bmp"
+    Image.new("RGB", (8, 8)).save(path)
+    header = bytearray(path.read_bytes())
+    header[18:26] = (60_000).to_bytes(4, "little") * 2
+    path.write_bytes(header)
+
+    with pytest.raises(InvalidFramesError, match="could not decode"):
+        read_clip([path], SMALL)
+
+
 def test_only_chosen_frames_are_decoded(tmp_path: Path) -> None:
     paths = []
     for number in range(9):

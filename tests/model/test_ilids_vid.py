@@ -185,5 +185,24 @@ def test_the_checker_counts_against_the_published_set(tmp_path: Path) -> None:
     said = {(one.severity, one.where, one.what) for one in findings}
     few = "expected 300 persons as published, got 10"
     assert ("warning", "i-LIDS-VID/sequences/cam1", few) in said
+    assert not any("a tracklet as published" in one.what for one in findings)
     short = "expected 23 to 192 frames as published"
     assert ("warning", f"i-LIDS-VID/sequences/cam1/{NAMES[0]} (2 frames)", short) in said
+
+
+def test_a_whole_set_with_too_few_frames_may_be_half_copied(published: Path) -> None:
+    """Tracklets that broke off at their ends leave no gap in the numbers."""
+    findings = check_dataset(published, decode=False).findings
+
+    what = "expected about 73 frames a tracklet as published, got 2: half-copied?"
+    assert ("warning", ".", what) in {(one.severity, one.where, one.what) for one in findings}
+
+
+def test_the_checker_does_not_send_people_to_the_checker(tmp_path: Path) -> None:
+    fill(tmp_path, NAMES[:9])
+    (tmp_path / "splits_ilidsvid.json").write_text(json.dumps(rows(10).tolist()))
+
+    findings = check_dataset(tmp_path, decode=False).findings
+
+    assert any("the 10 persons that splits_ilidsvid.json counts" in one.what for one in findings)
+    assert not any("check-data" in one.what for one in findings)

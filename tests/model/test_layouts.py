@@ -164,7 +164,7 @@ def test_a_broken_folder_is_refused_with_the_first_error_and_their_number(tmp_pa
     fill_folder(tmp_path)
     touch(tmp_path, "p1/c1/t1/1.png", "p2/notes.png")
 
-    message = r"p1/c1: expected either frames or tracklet folders in it.*, and 1 more errors"
+    message = r"p1/c1: expected either frames or tracklet folders in it.*, and 1 more error;"
     with pytest.raises(DatasetError, match=message):
         read_dataset(tmp_path)
 

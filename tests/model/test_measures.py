@@ -182,15 +182,15 @@ def test_the_curve_ends_at_rank_50_or_with_the_gallery() -> None:
         long.rank(51)
 
 
-def test_an_average_weighs_each_part_the_same_and_goes_on_at_one_beyond_a_short_gallery() -> None:
+def test_an_average_weighs_each_query_the_same_and_goes_on_at_one_beyond_a_short_gallery() -> None:
     one = across([[1, 2]], "a", "ab")
     two = across([[1, 2, 3, 4]] * 3, "ddd", "abcd")
 
     both = average_measures([one, two])
 
-    assert both.cmc == pytest.approx([0.5, 0.5, 0.5, 1])
-    assert both.mean_average_precision == pytest.approx((1 + 1 / 4) / 2)
-    assert (both.counted, both.gallery) == (4, 4)
+    assert both.cmc == pytest.approx([1 / 4, 1 / 4, 1 / 4, 1])
+    assert both.mean_average_precision == pytest.approx((1 + 3 * 1 / 4) / 4)
+    assert (both.counted, both.gallery) == (4, 3)
     with pytest.raises(EvaluationError, match="at least one"):
         average_measures([])
 

@@ -10,7 +10,7 @@ import pytest
 from model.checkpoint import load_checkpoint
 from model.datasets.presets import preset_set
 from model.datasets.synthetic import write_set
-from model.runs import read_log
+from model.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 GRADIENTS = """
@@ -94,4 +94,4 @@ def test_the_command_trains_with_two_processes(tmp_path: Path) -> None:
 
     product = load_checkpoint(tmp_path / "run" / "model.safetensors")
     assert product.provenance["steps"] == 10
-    assert [row["step"] for row in read_log(tmp_path / "run") if "loss" in row] == [10]
+    assert [row["step"] for row in RunFolder(tmp_path / "run").read_log() if "loss" in row] == [10]

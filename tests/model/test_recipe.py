@@ -99,7 +99,9 @@ def test_a_recipe_comes_back_from_what_is_written(name: str, tmp_path: Path) -> 
 
 
 def test_a_teacher_comes_back_too(tmp_path: Path) -> None:
-    recipe = parse_recipe({"name": "mine", "distillation": {"teacher": "a 'quoted' \\ file.xml"}})
+    recipe = parse_recipe(
+        {"name": "mine", "distillation": {"teacher": "a 'quoted' \\ \x7f file.xml"}}
+    )
     path = tmp_path / "again.toml"
     path.write_text(format_recipe(recipe), encoding="utf-8")
 
@@ -128,6 +130,10 @@ def test_every_mistake_is_named_at_once() -> None:
         ("optimiser", "rate", -1.0),
         ("optimiser", "ema", 1.0),
         ("optimiser", "milestones", [400, 200]),
+        ("optimiser", "milestones", [-5]),
+        ("optimiser", "factor", 0.0),
+        ("monitor", "every_epochs", -1),
+        ("monitor", "frames", 0),
         ("optimiser", "precision", "bf17"),
         ("batch", "tracklets", 1),
         ("batch", "sampling", "dense"),
@@ -150,6 +156,26 @@ def test_a_whole_number_may_stand_for_a_fraction() -> None:
     recipe = parse_recipe({"name": "mine", "network": {"temperature": 2}})
 
     assert recipe.network.temperature == 2.0
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1979-05-27"])
+def test_what_no_recipe_can_hold_is_refused(value: str) -> None:
+    with pytest.raises(RecipeError, match="expected finite numbers"):
+        load_recipe("ilids-vid", [f"optimiser.clip_norm={value}"])
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_bundled_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mars").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    assert load_recipe("mars").name == "mars"
+
+
+def test_a_neck_that_nothing_would_train_is_refused() -> None:
+    with pytest.raises(RecipeError, match="expected an identity loss to train it"):
+        parse_recipe({"name": "x", "network": {"neck": True}, "loss": {"identity": "none"}})
 
 
 def test_a_run_without_any_loss_is_refused() -> None:

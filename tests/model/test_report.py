@@ -28,7 +28,7 @@ from model.network import NetworkConfig, TrackletNet
 from model.report import write_report
 from model.report_data import read_evaluation
 from model.report_distances import distance_histogram
-from model.report_pictures import CELL_HEIGHT, CELL_WIDTH, placeholder, write_attention
+from model.report_pictures import CELL_HEIGHT, CELL_WIDTH, draw_cmc, placeholder, write_attention
 
 ODD = '<script>alert("1")</script>&\'"'
 RATES = ("rank_1", "rank_5", "rank_10", "rank_20", "mAP", "mINP")
@@ -101,6 +101,7 @@ class Fabricated:
         self.units: list[Json] = []
         self.source = "published: splits.json"
         self.seen = 0
+        self.more: Json = {}
         rng = np.random.default_rng(7)
         for number in range(len(self.people)):
             for camera in "ab":
@@ -151,6 +152,7 @@ class Fabricated:
             "reranked": False,
             "unit": False,
             "seen_identities": self.seen,
+            "embeddings": "embeddings/kept.npz",
             **rates,
             "cmc": cmc,
             "queries": len(ranks),
@@ -189,6 +191,7 @@ class Fabricated:
             "mean": mean,
             "std": std,
             "seen_identities": self.seen,
+            **self.more,
             "attention": [kept],
             "versions": {"passerby": "0"},
             "duration_s": 1.5,
@@ -276,11 +279,24 @@ def test_the_own_row_stands_beside_the_paper_for_published_splits_of_real_data(p
     own = [row for row in page.rows if row and row[0] == "This evaluation"]
 
     assert [row[1:6] for row in own] == [
-        ["66.7", "100.0", "100.0", "100.0", "79.9"],  # Table 1, the columns of iLIDS-VID
+        # Table 1, the columns of iLIDS-VID
+        ["66.7± 14.4", "100.0± 0.0", "100.0± 0.0", "100.0± 0.0", "79.9± 8.4"],
         ["", "66.7", "100.0", "100.0", "100.0"],  # Table 2
     ]
     assert own[0][6:] == [UNKNOWN] * 5
     assert "3 of 10 published splits" in own[1][6]
+    assert "nothing here can check pictures or the split file's content" in page.text
+
+
+def test_the_own_row_says_what_makes_it_another_measurement(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path).add("0", (1, 2), clip_frames=8, unit=True, reranked=True)
+
+    page = Page(write_report(made.write()))
+
+    own = [row for row in page.rows if row and row[0] == "This evaluation"]
+    for words in ("1 of 10", "clips of 8 frames", "scaled to length 1", "re-ranked"):
+        assert words in own[1][6]
+    assert page.text.count("This evaluation: 1 of 10 published splits") == 1
 
 
 def test_the_own_row_of_prid_stands_in_its_columns(tmp_path: Path) -> None:
@@ -398,13 +414,15 @@ def test_camera_pairs_and_occlusion_have_their_tables(tmp_path: Path) -> None:
     """Pairs are averaged over units; queries of a level of occlusion are counted together."""
     made = Fabricated(tmp_path, "folder")
     for split, pair, level in (("0", 0.5, (3, 1.0)), ("1", 1.0, (1, 0.0))):
-        pairs = {"a>b": {"rank_1": pair, "mAP": pair / 2, "queries": 4}}
+        pairs = {"a>b": {"rank_1": pair, "mAP": pair / 2, "queries": 4, "gallery": 8}}
         occlusion = {"25": {"queries": level[0], "rank_1": level[1]}}
         made.add(split, (1, 2), protocol="camera-pairs", pairs=pairs, occlusion=occlusion)
 
     page = Page(write_report(made.write()))
 
-    assert page.row("a → b") == ["a → b", "8", "75.0", "37.5"]
+    assert page.row("a → b") == ["a → b", "8", "8", "75.0", "37.5"]
+    assert "The smallest gallery of a pair of cameras holds 8 tracklets" in page.text
+    assert "there rank-10 and rank-20 of any network is 100 %" in page.text
     assert page.row("in up to 25 % of the frames")[1:4] == ["4", "75.0", "21.7"]
 
 
@@ -492,8 +510,7 @@ def test_the_histogram_counts_what_a_slow_loop_counts(tmp_path: Path) -> None:
     """Queries of camera a against the tested people in the other camera, b."""
     made = Fabricated(tmp_path).add("0", (1, 2, 1))
     output = made.write()
-    name = "trsa-0123456789ab-data-0123456789ab-even15-fp32.npz"
-    cache = EmbeddingCache(output / "embeddings" / name)
+    cache = EmbeddingCache(output / "embeddings" / "kept.npz")
     rng = np.random.default_rng(3)
     # The fourth person is in the cache, but not tested in this split.
     vectors = {
@@ -567,7 +584,7 @@ def test_the_page_shows_what_the_runner_measured(evaluated: Json) -> None:
     """Guards the agreement of two modules that meet only in files."""
     page = Page(write_report(evaluated["output"]))
 
-    assert page.row("Mean")[2] == f"{100 * evaluated['mean']['rank_1']:.1f}"
+    assert page.row("Mean")[1] == f"{100 * evaluated['mean']['rank_1']:.1f}"
     assert "synthetic tracklets in the layout of iLIDS-VID" in page.text
     assert not page.has_row("This evaluation")
     assert "By occlusion" in page.text
@@ -583,3 +600,55 @@ def test_the_command_makes_the_page_again(published: Fabricated) -> None:
 
     assert result.exit_code == 0
     assert (published.output / "index.html").is_file()
+
+
+def test_draws_are_told_apart_by_their_seed(tmp_path: Path) -> None:
+    """A network that nobody trained has no other seed to show."""
+    made = Fabricated(tmp_path, "folder")
+    for seed in (3, 4):
+        made.add("0", (2, 1), seed=None, frame_seed=seed, frames="random")
+
+    page = Page(write_report(made.write()))
+
+    assert [row[:2] for row in page.rows if row[0] in ("Split", "0")] == [
+        ["Split", "Frame seed"],
+        ["0", "3"],
+        ["0", "4"],
+    ]
+    assert "Seeds of drawn frames2: 3, 4" in page.text
+    assert "split 0, frame seed 3" in page.text
+    assert "Seeds of training" not in page.text
+
+
+def test_pairs_that_were_left_out_and_names_that_coincide_are_told(tmp_path: Path) -> None:
+    made = Fabricated(tmp_path, "folder").add("0", (1, 2))
+    made.more = {"pairs_left_out": ["a>c"], "namesakes": 2}
+
+    page = Page(write_report(made.write()))
+
+    assert "1 pair of cameras left out" in page.text
+    assert "one person only: a → c" in page.text
+    assert "2 names of tested people also occur in the training data of another" in page.text
+
+
+def test_data_that_are_not_there_leave_the_old_page(tmp_path: Path) -> None:
+    output = Fabricated(tmp_path).add("0", (1, 2)).write()
+    before = write_report(output).read_bytes()
+
+    result = CliRunner().invoke(app, ["report", str(output), "--data", str(tmp_path / "none")])
+
+    assert isinstance(result.exception, EvaluationError)
+    assert "expected the folder of the data" in str(result.exception)
+    assert (output / "index.html").read_bytes() == before
+
+
+def test_the_legend_of_the_curves_stands_above_them(tmp_path: Path) -> None:
+    """A low curve runs along the bottom, where the legend used to be."""
+    draw_cmc([[0.05 + 0.005 * rank for rank in range(20)]], tmp_path)
+
+    picture = (tmp_path / "cmc.svg").read_text(encoding="utf-8")
+    legend = picture[picture.index('id="legend_1"') :]
+    heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", legend)]
+    frame = picture[picture.index('id="patch_2"') :]
+    top = min(float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", frame[:400]))
+    assert max(heights[:2]) < top

@@ -21,8 +21,8 @@ from model.datasets.tracklets import Split, Tracklet
 from model.errors import DatasetError, TrainingError
 from model.learner import Learner
 from model.recipe import Recipe, load_recipe
-from model.runs import RunFolder, read_log
-from model.training import Job, Listener, Progress, Trainer
+from model.runs import RunFolder
+from model.training import Job, Listener, Progress, Trainer, count_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -235,7 +235,11 @@ def test_the_log_of_a_resumed_run_tells_each_step_once(people: Split, tmp_path: 
     RunFolder(tmp_path / "run").log({"step": 20, "loss": 1.0})  # as if it had gone on unsaved
     train(options, people, tmp_path / "run")
 
-    assert [row["step"] for row in read_log(tmp_path / "run") if "loss" in row] == [10, 20, 30]
+    assert [row["step"] for row in RunFolder(tmp_path / "run").read_log() if "loss" in row] == [
+        10,
+        20,
+        30,
+    ]
 
 
 def test_a_run_says_what_it_was(people: Split, tmp_path: Path) -> None:
@@ -251,7 +255,7 @@ def test_a_run_says_what_it_was(people: Split, tmp_path: Path) -> None:
     assert provenance["recipe"]["network"]["backbone"] == "conv5"
     assert provenance["steps"] == 8
     assert any((tmp_path / "run" / "tensorboard").iterdir())
-    row = read_log(tmp_path / "run")[-1]
+    row = RunFolder(tmp_path / "run").read_log()[-1]
     assert {"loss", "triplet", "identity", "effective_positions", "coverage_cv2"} <= row.keys()
     assert {"regulariser_excess", "accuracy", "wrong_logit", "rate", "active"} <= row.keys()
 
@@ -377,6 +381,61 @@ def test_a_full_disk_leaves_the_state_that_was_saved_before(
     assert same(weights(whole), weights(finished))
 
 
+@pytest.mark.parametrize("save_every_s", [0.0, 1000.0])
+def test_weights_that_are_no_numbers_are_never_kept(
+    people: Split, tmp_path: Path, save_every_s: float
+) -> None:
+    """Neither as the state, whose predecessor survives, nor as the product."""
+    train(recipe("optimiser.epochs=1"), people, tmp_path / "fine", StopAt(1))
+    before = (tmp_path / "fine" / "state.safetensors").read_bytes()
+    folder = RunFolder(tmp_path / "fine")
+    poison = Heard()
+
+    def spoil(_: Progress) -> None:
+        with torch.no_grad():
+            next(trainer.learner.network.parameters()).fill_(float("nan"))
+
+    poison.progress = spoil  # type: ignore[method-assign]
+    job = Job(recipe("optimiser.epochs=1"), people, {"fingerprint": "data-test"}, device="cpu",
+              save_every_s=save_every_s)  # fmt: skip
+    trainer = Trainer(job, folder, listener=poison)
+    with pytest.raises(TrainingError, match="NaN or infinity after 2 steps; what was saved before"):
+        trainer.run()
+
+    assert (tmp_path / "fine" / "state.safetensors").read_bytes() == before
+    assert not folder.is_finished
+
+
+def test_a_run_that_was_killed_while_it_began_begins_again(people: Split, tmp_path: Path) -> None:
+    whole = train(recipe(), people, tmp_path / "whole")
+    half = tmp_path / "half"
+    (half / ".aside-x1").mkdir(parents=True)
+    (half / ".aside-x1" / "recipe.toml").write_text("name = ")
+    (half / "run.json").write_text("{}")
+
+    finished = train(recipe(), people, half)
+
+    assert same(weights(whole), weights(finished))
+    assert not [one for one in half.iterdir() if one.name.startswith(".aside")]
+
+
+def test_a_resumed_run_does_not_need_the_weights_that_it_began_with(
+    people: Split, tmp_path: Path
+) -> None:
+    """And still says which they were, whatever lies under their name by then."""
+    first = train(recipe(), people, tmp_path / "first")
+    assert first is not None
+    options = recipe(f"start={first}")
+    train(options, people, tmp_path / "second", StopAt(3))
+    fingerprint = load_checkpoint(first).fingerprint
+    first.unlink()
+
+    finished = train(options, people, tmp_path / "second")
+
+    assert finished is not None
+    assert load_checkpoint(finished).provenance["start"]["checkpoint"] == fingerprint
+
+
 def test_a_damaged_state_is_refused(people: Split, tmp_path: Path) -> None:
     train(recipe(), people, tmp_path / "run", StopAt(3))
     state = tmp_path / "run" / "state.safetensors"
@@ -396,11 +455,74 @@ def test_the_curve_is_measured_when_the_recipe_says_so(people: Split, tmp_path: 
     options = recipe("monitor.every_epochs=3")
     product = train(options, people, tmp_path / "run", measure=measure)
 
-    rows = [row for row in read_log(tmp_path / "run") if "rank_1" in row]
+    rows = [row for row in RunFolder(tmp_path / "run").read_log() if "rank_1" in row]
     assert [row["epoch"] for row in rows] == [0, 3, 4]
     assert product is not None
     assert asked[-1] == load_checkpoint(product).fingerprint
     assert len(set(asked)) == 3
+
+
+class StopIn(Listener):
+    """Stops the run inside its measurement after an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.measured: list[int] = []
+
+    def __call__(self, _: Checkpoint) -> Mapping[str, float]:
+        self.measured.append(len(self.measured))
+        if self.measured[-1] == self.epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"rank_1": 0.5}
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_signal_while_measuring_loses_nothing(people: Split, tmp_path: Path, epoch: int) -> None:
+    options = recipe("monitor.every_epochs=1")
+    whole = train(options, people, tmp_path / "whole", measure=StopIn(-1))
+
+    stopped = train(options, people, tmp_path / "run", measure=StopIn(epoch))
+    state = RunFolder(tmp_path / "run").load_state()
+    finished = train(options, people, tmp_path / "run", measure=StopIn(-1))
+
+    assert stopped is None
+    assert state is not None
+    assert state[1].epoch == epoch
+    assert same(weights(whole), weights(finished))
+    rows = RunFolder(tmp_path / "run").read_log()
+    assert [row["measured"] for row in rows if "measured" in row] == [0, 1, 2, 3, 4]
+
+
+def test_a_stop_at_the_end_of_an_epoch_makes_up_its_measurement(
+    people: Split, tmp_path: Path
+) -> None:
+    options = recipe("monitor.every_epochs=1")
+
+    train(options, people, tmp_path / "run", StopAt(4), measure=StopIn(-1))
+    train(options, people, tmp_path / "run", measure=StopIn(-1))
+
+    rows = RunFolder(tmp_path / "run").read_log()
+    assert [row["measured"] for row in rows if "measured" in row] == [0, 1, 2, 3, 4]
+
+
+def test_a_signal_in_the_last_step_comes_too_late_to_stop(people: Split, tmp_path: Path) -> None:
+    assert train(recipe(), people, tmp_path / "run", StopAt(8)) is not None
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "cells"),
+    [
+        ("resnet50", (256, 128), 128),
+        ("resnet50", (100, 50), 28),
+        ("conv5", (64, 32), 128),
+        ("conv5", (50, 34), 117),
+    ],
+)
+def test_cells_are_those_of_the_maps(backbone: str, size: tuple[int, int], cells: int) -> None:
+    height, width = size
+    settings = [f"network.backbone={backbone}", f"preprocessing.height={height}"]
+
+    assert count_cells(recipe(*settings, f"preprocessing.width={width}")) == cells
 
 
 def test_averaged_weights_are_what_is_kept(people: Split, tmp_path: Path) -> None:
