@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model.checkpoint import IMAGENET, Checkpoint
 from model.datasets.checking import check_dataset
+from model.datasets.findings import shorten
 from model.datasets.layouts import fingerprint_dataset, read_dataset
 from model.datasets.tracklets import Dataset, Split
 from model.distillation import TeacherEmbeddings, cache_embeddings, load_teacher
@@ -77,7 +78,7 @@ def choose_splits(dataset: Dataset, text: str) -> list[Split]:
     known = {split.name: split for split in dataset.splits}
     chosen = read_choice(text)
     if unknown := [name for name in chosen if name not in known]:
-        raise TrainingError(f"expected splits of {', '.join(known)}, got {', '.join(unknown)}")
+        raise TrainingError(f"expected splits of {', '.join(known)}, got {shorten(unknown)}")
     return [known[name] for name in chosen]
 
 

@@ -389,16 +389,21 @@ def test_weights_that_are_no_numbers_are_never_kept(
     train(recipe("optimiser.epochs=1"), people, tmp_path / "fine", StopAt(1))
     before = (tmp_path / "fine" / "state.safetensors").read_bytes()
     folder = RunFolder(tmp_path / "fine")
-    poison = Heard()
 
-    def spoil(_: Progress) -> None:
-        with torch.no_grad():
-            next(trainer.learner.network.parameters()).fill_(float("nan"))
+    class Poison(Listener):
+        def progress(self, progress: Progress) -> None:
+            assert progress.step == 2
+            with torch.no_grad():
+                next(trainer.learner.network.parameters()).fill_(float("nan"))
 
-    poison.progress = spoil  # type: ignore[method-assign]
-    job = Job(recipe("optimiser.epochs=1"), people, {"fingerprint": "data-test"}, device="cpu",
-              save_every_s=save_every_s)  # fmt: skip
-    trainer = Trainer(job, folder, listener=poison)
+    job = Job(
+        recipe("optimiser.epochs=1"),
+        people,
+        {"fingerprint": "data-test"},
+        device="cpu",
+        save_every_s=save_every_s,
+    )
+    trainer = Trainer(job, folder, listener=Poison())
     with pytest.raises(TrainingError, match="NaN or infinity after 2 steps; what was saved before"):
         trainer.run()
 
