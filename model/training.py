@@ -469,14 +469,16 @@ class Trainer:
         last = epoch == self.recipe.optimiser.epochs
         if not every or self.job.measure is None or (epoch % every and not last):
             return
-        if self.ranks.is_first:
-            if any(row.get("measured") == epoch for row in self.folder.read_log()):
-                return
+        if self.ranks.is_first and not self._is_measured(epoch):
             measured = dict(self.job.measure(self._product()))
             self._log({"epoch": epoch, "measured": epoch, **measured})
             shown = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
             self.listener.said(f"after epoch {epoch}: {shown}")
         self.ranks.wait()
+
+    def _is_measured(self, epoch: int) -> bool:
+        """Whether that was done, and logged, before an interruption."""
+        return any(row.get("measured") == epoch for row in self.folder.read_log())
 
     def _product(self) -> Checkpoint:
         """The network as it would be kept now, on the CPU."""
