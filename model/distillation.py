@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -298,6 +299,15 @@ def _open_onnxruntime(path: Path) -> _Engine:
 
 
 def _open_openvino(path: Path) -> _Engine:
+    # OpenVINO gives the thread that runs it a stack of its own for signals and frees that with the
+    # network; a signal that comes later then ends the process. So it has a thread to itself, and
+    # Ctrl-C and SIGTERM stay safe in the main one.
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
+    engine = thread.submit(_compile_openvino, path).result()
+    return _Engine(lambda crops: thread.submit(engine.run, crops).result(), engine.shape)
+
+
+def _compile_openvino(path: Path) -> _Engine:
     import openvino
 
     core = openvino.Core()

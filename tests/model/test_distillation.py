@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from model.distillation import (
 from model.errors import InvalidFramesError, TeacherError
 from model.frames import choose_frames, read_frame
 
+ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SHARED", Path(__file__).parents[3] / "shared"))
 WARD = SHARED / "data" / "ward"
 RETAIL = SHARED / "weights" / "person-reidentification-retail-0277.xml"
@@ -296,6 +299,33 @@ def test_a_missing_extra_is_named(
 
 
 @needs_onnx
+@needs_onnx
+@needs_openvino
+def test_signals_stay_safe_after_teachers_have_come_and_gone(onnx_file: Path) -> None:
+    """OpenVINO moves the signal stack of the thread that runs it, and frees it with the network."""
+    code = f"""
+import gc, signal
+import numpy as np
+from model.distillation import load_teacher
+signal.signal(signal.SIGTERM, lambda *_: print("handled", flush=True))
+first = load_teacher({str(onnx_file)!r}, runtime="openvino")
+second = load_teacher({str(onnx_file)!r}, runtime="openvino")
+size = first.preprocessing
+for teacher in (first, second):
+    teacher.embed(np.zeros((1, size.height, size.width, 3), np.uint8))
+del teacher, first
+gc.collect()
+del second
+gc.collect()
+signal.raise_signal(signal.SIGTERM)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+
+    assert (answer.returncode, answer.stdout.split()) == (0, ["handled"]), answer.stderr
+
+
 @needs_openvino
 def test_an_onnx_teacher_runs_in_openvino_where_that_alone_is_installed(
     onnx_file: Path, monkeypatch: pytest.MonkeyPatch
