@@ -217,7 +217,9 @@ def train(
     seeds: Annotated[str, typer.Option(help="One run for each of these, as splits.")] = "0",
     split_seed: Annotated[int, typer.Option(min=0, help="Of random halves.")] = 0,
     start: Annotated[
-        str | None, typer.Option(help="Weights to begin with, instead of the recipe's.")
+        str | None,
+        # Two names, because torchrun takes --start for one of its own.
+        typer.Option("--start", "--weights", help="To begin with, instead of the recipe's."),
     ] = None,
     setting: Annotated[
         list[str] | None,

@@ -86,7 +86,7 @@ def test_the_command_trains_with_two_processes(tmp_path: Path) -> None:
     settings = ["network.backbone=conv5", "preprocessing.height=64", "preprocessing.width=32"]
     settings += ["batch.identities=2", "batch.frames=2", "optimiser.epochs=10"]
     command = ["-m", "service.cli", "train", "folder", "--data", str(tmp_path / "data")]
-    command += ["--output", str(tmp_path / "run"), "--device", "cpu", "--start", "random"]
+    command += ["--output", str(tmp_path / "run"), "--device", "cpu", "--weights", "random"]
     for setting in settings:
         command += ["--set", setting]
 
