@@ -1,5 +1,6 @@
 """Processes that train one network together, as `torchrun` starts them."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,5 +101,9 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     try:
         yield Ranks(distributed.get_rank(), count, local)
+        distributed.barrier()  # leave together: nobody's connections end under another's hands
     finally:
+        # What still holds the group, such as a parallel network in a cycle, goes before it does: at
+        # the end of the process its threads would be torn down in any order.
+        gc.collect()
         distributed.destroy_process_group()

@@ -14,6 +14,7 @@ from model.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 GRADIENTS = """
+import os
 import sys
 import torch
 from torch import nn
@@ -52,6 +53,9 @@ with joined_ranks("cpu") as ranks:
     total.backward()
     if ranks.is_first:
         torch.save([total.detach(), *(one.grad for one in network.parameters())], sys.argv[1])
+    del parallel, network, total
+# How torch ends its threads at the end of a process is not what is tested here.
+os._exit(0)
 """
 
 
