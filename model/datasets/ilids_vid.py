@@ -17,7 +17,7 @@ from model.datasets.splits import (
     absent_persons,
     cameras_of,
     check_division,
-    divide,
+    divide_all,
     in_both,
     parse_names,
     random_halves,
@@ -115,16 +115,8 @@ def split_ilids_vid(survey: Survey, *, seed: int, splits: int) -> tuple[Split, .
     check_division(divisions, in_both(survey.tracklets), file=path.name, root=survey.root)
     published = len(cameras) == PERSONS and len(divisions) == 10
     source = f"{'published' if published else 'split file'}: {path.name}"
-    return tuple(
-        divide(
-            survey.tracklets,
-            names,
-            name=str(number),
-            source=source,
-            query_camera=query,
-            gallery_camera=gallery,
-        )
-        for number, names in enumerate(divisions)
+    return divide_all(
+        survey.tracklets, divisions, source=source, query_camera=query, gallery_camera=gallery
     )
 
 

@@ -18,7 +18,7 @@ from model.datasets.splits import (
     Names,
     absent_persons,
     check_division,
-    divide,
+    divide_all,
     in_both,
     parse_names,
     random_halves,
@@ -127,16 +127,8 @@ def split_prid2011(survey: Survey, *, seed: int, splits: int, subset: Subset) ->
         len(names.train) == len(names.test) == CHOSEN // 2 for names in divisions
     )
     source = f"{'published' if published else 'split file'}: {path.name}"
-    return tuple(
-        divide(
-            survey.tracklets,
-            names,
-            name=str(number),
-            source=source,
-            query_camera=query,
-            gallery_camera=gallery,
-        )
-        for number, names in enumerate(divisions)
+    return divide_all(
+        survey.tracklets, divisions, source=source, query_camera=query, gallery_camera=gallery
     )
 
 

@@ -97,6 +97,28 @@ def divide(
     )
 
 
+def divide_all(
+    tracklets: Sequence[Tracklet],
+    divisions: Sequence[Names],
+    *,
+    source: str,
+    query_camera: str,
+    gallery_camera: str,
+) -> tuple[Split, ...]:
+    """Divide tracklets by every division of a split file; arguments and errors as for `divide`."""
+    return tuple(
+        divide(
+            tracklets,
+            names,
+            name=str(number),
+            source=source,
+            query_camera=query_camera,
+            gallery_camera=gallery_camera,
+        )
+        for number, names in enumerate(divisions)
+    )
+
+
 def random_halves(
     tracklets: Sequence[Tracklet],
     *,
