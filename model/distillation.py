@@ -26,17 +26,25 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.checkpoint import Checkpoint
+from model.embedder import Embedder
 from model.errors import TeacherError
 from model.files import reason, written_aside
 from model.frames import Clip, Preprocessing, read_frame
+from model.views import View, plan_view, render_view
 
 Channels = Literal["rgb", "bgr"]
 Runtime = Literal["auto", "onnxruntime", "openvino"]
+Computation = Literal["fp32", "bf16"]
 Triple = tuple[float, float, float]
 Embeddings = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
 CACHE_FORMAT = "passerby-teacher-cache-1"
+# The teacher that is no file but what a run begins with.
+START = "start"
+# Another number wherever `model.views` draws other views.
+VIEWS_FORMAT = 1
 # Frames between two writes of a caching pass: what an interruption costs, some seconds on a CPU.
 CHUNK_FRAMES = 512
 # Crops in one run of a teacher that takes any number of them; on a CPU more gains nothing.
@@ -56,12 +64,21 @@ class DistillationConfig:
 
     Args:
         teacher: Path of an ``.onnx`` file, or of an OpenVINO ``.xml`` with its ``.bin`` beside it.
+            Or "start": the weights that the run begins with, so that it does not forget what they
+            knew; they take pixels as they always do, and the next five do not count.
         channels: Order in which the teacher takes them.
         scale: What pixels are divided by first.
         mean: Per channel R, G, B, whatever the order that the teacher takes.
         std: Likewise.
+        precision: In which it computes. "bf16" is twice as fast where the processor multiplies it,
+            needs OpenVINO, and is not the same to the last bit on every machine.
         similarity_weight: Of the similarity term of `DistillationLoss`.
         embedding_weight: Of its embedding term.
+        projection: Whether the embedding term compares through a linear layer, which belongs to
+            training; without it the student's embeddings must be as long as the teacher's, and
+            come to stand where the teacher's do.
+        views: How many looks of each frame the teacher sees: the frame itself, and others of
+            `model.views`. A student is shown one of them at a time.
         cache: Folder for the teacher's embeddings; None leaves it to the caller.
     """
 
@@ -70,13 +87,19 @@ class DistillationConfig:
     scale: float = 1.0
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (1.0, 1.0, 1.0)
+    precision: Computation = "fp32"
     similarity_weight: float = 1.0
     embedding_weight: float = 1.0
+    projection: bool = True
+    views: int = 1
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        _require_teacher_name(self.teacher)
+        if self.teacher != START:
+            _require_teacher_name(self.teacher)
         _PixelRange(self.channels, self.scale, self.mean, self.std)  # refuses what is none
+        if self.precision not in get_args(Computation):
+            raise ValueError(f"precision: expected {get_args(Computation)}, got {self.precision!r}")
         for name in ("similarity_weight", "embedding_weight"):
             weight = getattr(self, name)
             if not 0 <= weight < float("inf"):
@@ -85,6 +108,8 @@ class DistillationConfig:
             raise ValueError(
                 "distillation: expected a similarity_weight or an embedding_weight, got 0 for both"
             )
+        if self.views < 1:
+            raise ValueError(f"views: expected at least 1, the frame itself, got {self.views}")
         if self.cache is not None and not self.cache:
             raise ValueError("cache: expected a folder, got an empty path")
 
@@ -128,7 +153,7 @@ class _Engine(NamedTuple):
     """A network in some runtime.
 
     Args:
-        run: From (N, 3, H, W) float32 to its one output.
+        run: From (N, 3, H, W) float32 to its one output; N is a multiple of the network's own.
         shape: Of its one input; None where it takes any number.
     """
 
@@ -143,6 +168,7 @@ class Teacher:
         engine: What computes.
         pixels: How it takes pixels.
         fingerprint: Its name: ``teacher-`` and 12 hex digits.
+        preprocessing: Size and resizing of its crops, where the engine's shape does not say all.
 
     Attributes:
         preprocessing: The size that crops must have; its mean and deviation do not count here.
@@ -153,14 +179,20 @@ class Teacher:
         TeacherError: It does not take crops, or does not make one finite embedding of each.
     """
 
-    def __init__(self, engine: _Engine, pixels: _PixelRange, fingerprint: str) -> None:
+    def __init__(
+        self,
+        engine: _Engine,
+        pixels: _PixelRange,
+        fingerprint: str,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         shape = engine.shape
         if len(shape) != 4 or shape[1] != 3 or shape[2] is None or shape[3] is None:
             raise TeacherError(
                 f"expected a teacher with input (N, 3, height, width) of a fixed size, got {shape}"
             )
         try:
-            self.preprocessing = Preprocessing(height=shape[2], width=shape[3])
+            self.preprocessing = preprocessing or Preprocessing(height=shape[2], width=shape[3])
         except ValueError as error:
             raise TeacherError(f"teacher: {error}") from error
         self.fingerprint = fingerprint
@@ -186,15 +218,16 @@ class Teacher:
                 f"expected crops (N, {size[0]}, {size[1]}, 3) uint8 for the teacher, "
                 f"got {crops.shape} {crops.dtype}"
             )
-        step = self._engine.shape[0] or MAX_CROPS
+        # A whole number of what an engine takes at a time, so that it may work at several.
+        step = (self._engine.shape[0] or 1) * MAX_CROPS
         made = [self._run(crops[start : start + step]) for start in range(0, len(crops), step)]
         return np.concatenate(made) if made else np.empty((0, self.dim), dtype=np.float32)
 
     def _run(self, crops: Clip) -> Embeddings:
-        """Embed at most as many crops as fit one run."""
-        count, fixed = len(crops), self._engine.shape[0]
-        if fixed is not None and count < fixed:  # fill up; what comes of that is cut off below
-            crops = np.concatenate([crops, np.repeat(crops[-1:], fixed - count, axis=0)])
+        """Embed some crops, a few at a time where the engine takes a fixed number."""
+        count, fixed = len(crops), self._engine.shape[0] or 1
+        if missing := -count % fixed:  # fill up; what comes of that is cut off below
+            crops = np.concatenate([crops, np.repeat(crops[-1:], missing, axis=0)])
         try:
             output = np.asarray(self._engine.run(self._pixels.apply(crops)))
         except Exception as error:  # the runtimes' errors share no base class
@@ -217,16 +250,18 @@ def load_teacher(
     scale: float = 1.0,
     mean: Triple = (0.0, 0.0, 0.0),
     std: Triple = (1.0, 1.0, 1.0),
+    precision: Computation = "fp32",
     runtime: Runtime = "auto",
 ) -> Teacher:
     """Read a teacher and try it on a grey crop.
 
     Args:
-        path: See `DistillationConfig`, likewise the next four.
+        path: See `DistillationConfig`, likewise the next five.
         channels: Order in which the teacher takes them.
         scale: What pixels are divided by first.
         mean: Per channel R, G, B.
         std: Likewise.
+        precision: In which it computes.
         runtime: What runs it. "auto" is OpenVINO for ``.xml``; for ``.onnx`` it is ONNX Runtime,
             or OpenVINO where only that is installed.
 
@@ -242,12 +277,31 @@ def load_teacher(
     for file in files:
         if not file.is_file():
             raise TeacherError(f"expected a teacher's file, got nothing at {file}")
-    engine = (
-        _open_openvino(path)
-        if _choose_runtime(path, runtime) == "openvino"
-        else _open_onnxruntime(path)
-    )
-    return Teacher(engine, pixels, _fingerprint(files, pixels))
+    if _choose_runtime(path, runtime) == "openvino":
+        engine = _open_openvino(path, precision)
+    elif precision == "fp32":
+        engine = _open_onnxruntime(path)
+    else:
+        raise TeacherError(f"expected precision fp32 for ONNX Runtime, got {precision}: {path}")
+    return Teacher(engine, pixels, _fingerprint(files, pixels, precision))
+
+
+def teach_by_checkpoint(checkpoint: Checkpoint) -> Teacher:
+    """Make a teacher of a network of ours: each crop is a tracklet of one frame.
+
+    Args:
+        checkpoint: The network. It runs on the CPU, like other teachers.
+    """
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32", max_frames=MAX_CROPS)
+    size = embedder.preprocessing
+
+    def run(crops: NDArray[np.float32]) -> NDArray[Any]:
+        pixels = np.ascontiguousarray(crops.transpose(0, 2, 3, 1)).astype(np.uint8)
+        return np.stack([one.embedding for one in embedder.embed(list(pixels[:, None]))])
+
+    engine = _Engine(run, (None, 3, size.height, size.width))
+    pixels = _PixelRange("rgb", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return Teacher(engine, pixels, f"teacher-{checkpoint.fingerprint}", size)
 
 
 def _choose_runtime(path: Path, runtime: Runtime) -> Runtime:
@@ -268,10 +322,11 @@ def _choose_runtime(path: Path, runtime: Runtime) -> Runtime:
     return runtime
 
 
-def _fingerprint(files: Sequence[Path], pixels: _PixelRange) -> str:
+def _fingerprint(files: Sequence[Path], pixels: _PixelRange, precision: Computation) -> str:
     """Name a teacher after its files and how it takes pixels: all that shapes its embeddings."""
     numbers = [float(one) for one in (pixels.scale, *pixels.mean, *pixels.std)]  # 0 is 0.0
-    digest = hashlib.sha256(json.dumps([pixels.channels, *numbers]).encode())
+    taken = [pixels.channels, *numbers] + ([] if precision == "fp32" else [precision])
+    digest = hashlib.sha256(json.dumps(taken).encode())
     try:
         for path in files:
             with path.open("rb") as file:
@@ -294,25 +349,35 @@ def _open_onnxruntime(path: Path) -> _Engine:
         raise TeacherError(f"expected a teacher with float32 input, got {inputs[0].type}: {path}")
     # A size that may be any is a name there, or None.
     shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
-    name = inputs[0].name
-    return _Engine(lambda crops: session.run(None, {name: crops})[0], shape)
+    name, fixed = inputs[0].name, shape[0]
+
+    def run(crops: NDArray[np.float32]) -> NDArray[Any]:
+        step = fixed or len(crops)
+        parts = [crops[start : start + step] for start in range(0, len(crops), step)]
+        return np.concatenate([session.run(None, {name: part})[0] for part in parts])
+
+    return _Engine(run, shape)
 
 
-def _open_openvino(path: Path) -> _Engine:
+def _open_openvino(path: Path, precision: Computation) -> _Engine:
     # OpenVINO gives the thread that runs it a stack of its own for signals and frees that with the
     # network; a signal that comes later then ends the process. So it has a thread to itself, and
     # Ctrl-C and SIGTERM stay safe in the main one.
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
-    engine = thread.submit(_compile_openvino, path).result()
+    engine = thread.submit(_compile_openvino, path, precision).result()
     return _Engine(lambda crops: thread.submit(engine.run, crops).result(), engine.shape)
 
 
-def _compile_openvino(path: Path) -> _Engine:
+def _compile_openvino(path: Path, precision: Computation) -> _Engine:
     import openvino
 
     core = openvino.Core()
     # Some processors would compute in bfloat16 unasked, and a cache is to be the same on all.
-    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    # Many crops side by side are twice as fast as one after the other with all cores on each.
+    options = {
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "PERFORMANCE_HINT": "THROUGHPUT",
+    }
     try:
         network = core.read_model(path)
         compiled = core.compile_model(network, "CPU", options)
@@ -328,8 +393,21 @@ def _compile_openvino(path: Path) -> _Engine:
     if sizes.rank.is_dynamic:
         raise TeacherError(f"expected a teacher with 4 input dimensions, got any number: {path}")
     shape = tuple(None if size.is_dynamic else size.get_length() for size in sizes)
-    # A copy, because what comes back is overwritten by the next run.
-    return _Engine(lambda crops: np.array(compiled([crops])[0]), shape)
+    queue, fixed = openvino.AsyncInferQueue(compiled), shape[0] or 1
+    made: dict[int, NDArray[Any]] = {}
+
+    def keep(request: Any, place: int) -> None:
+        made[place] = request.get_output_tensor(0).data.copy()  # the next run overwrites it
+
+    def run(crops: NDArray[np.float32]) -> NDArray[Any]:
+        made.clear()
+        for place, start in enumerate(range(0, len(crops), fixed)):
+            queue.start_async([crops[start : start + fixed]], place)
+        queue.wait_all()
+        return np.concatenate([made[place] for place in range(len(made))])
+
+    queue.set_callback(keep)
+    return _Engine(run, shape)
 
 
 def _require_one(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -349,22 +427,30 @@ class TeacherEmbeddings:
     Args:
         teacher: The teacher's fingerprint.
         frames: N image files, each once.
-        embeddings: (N, D_t) float16 of unit length; row i belongs to ``frames[i]``.
+        embeddings: (N * views, D_t) float16 of unit length; the first ``views`` rows belong to the
+            looks of ``frames[0]``, the next to those of ``frames[1]``, and so on.
+        views: How many looks of each frame there are.
 
     Raises:
-        TeacherError: ``embeddings`` has not as many rows as there are frames.
+        TeacherError: ``embeddings`` has another number of rows.
     """
 
     def __init__(
-        self, teacher: str, frames: Sequence[Path], embeddings: NDArray[np.float16]
+        self,
+        teacher: str,
+        frames: Sequence[Path],
+        embeddings: NDArray[np.float16],
+        views: int = 1,
     ) -> None:
-        if embeddings.ndim != 2 or len(embeddings) != len(frames):
+        rows = len(frames) * views
+        if embeddings.ndim != 2 or len(embeddings) != rows:
             raise TeacherError(
-                f"expected embeddings ({len(frames)}, D_t) of the teacher, got {embeddings.shape}"
+                f"expected embeddings ({rows}, D_t) of the teacher, got {embeddings.shape}"
             )
-        self.teacher = teacher
+        self.teacher, self.views = teacher, views
         self.dim = int(embeddings.shape[1])
         self._embeddings = embeddings
+        self._frames = list(frames)
         self._rows = {path: row for row, path in enumerate(frames)}
 
     def __len__(self) -> int:
@@ -374,13 +460,14 @@ class TeacherEmbeddings:
     def of(self, frames: Path) -> Embeddings: ...
 
     @overload
-    def of(self, frames: Sequence[Path]) -> Embeddings: ...
+    def of(self, frames: Sequence[Path], views: Sequence[int] | None = None) -> Embeddings: ...
 
-    def of(self, frames: Path | Sequence[Path]) -> Embeddings:
+    def of(self, frames: Path | Sequence[Path], views: Sequence[int] | None = None) -> Embeddings:
         """What the teacher makes of frames.
 
         Args:
             frames: Paths as they were given to `cache_embeddings`, N of them or a single one.
+            views: Which look of each of N; where None the frames themselves.
 
         Returns:
             (N, D_t) float32 of unit length, or (D_t,) of a single one.
@@ -388,22 +475,54 @@ class TeacherEmbeddings:
         Raises:
             TeacherError: The teacher has not seen one of them.
         """
+        if isinstance(frames, Path):
+            return np.asarray(self._embeddings[self._row(frames) * self.views], np.float32)
+        views = [0] * len(frames) if views is None else views
+        rows = [
+            self._row(path) * self.views + view for path, view in zip(frames, views, strict=True)
+        ]
+        return self._embeddings[rows].astype(np.float32)
+
+    def show(self, frame: Path, view: int, read: Callable[[Path], Clip]) -> Clip:
+        """Show a frame as the teacher saw it.
+
+        Args:
+            frame: As it was given to `cache_embeddings`.
+            view: Which look of it, from 0, the frame itself.
+            read: Gives prepared frames, (H, W, 3) uint8 RGB of any one size.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+
+        Raises:
+            TeacherError: The teacher has not seen it.
+        """
+        return _show(self._frames, self._row(frame), view, read)
+
+    def _row(self, frame: Path) -> int:
         try:
-            rows = (
-                self._rows[frames]
-                if isinstance(frames, Path)
-                else [self._rows[path] for path in frames]
-            )
+            return self._rows[frame]
         except KeyError as error:
             raise TeacherError(
-                f"expected one of the {len(self)} frames that the teacher has seen, "
-                f"got {error.args[0]}"
+                f"expected one of the {len(self)} frames that the teacher has seen, got {frame}"
             ) from error
-        return self._embeddings[rows].astype(np.float32)
+
+
+def _show(frames: Sequence[Path], row: int, view: int, read: Callable[[Path], Clip]) -> Clip:
+    if view == 0:
+        return read(frames[row])
+    plan: View = plan_view(row, view, len(frames))
+    partner = None if plan.partner is None else read(frames[plan.partner])
+    return render_view(plan, read(frames[row]), partner)
 
 
 def cache_embeddings(
-    teacher: Teacher, frames: Sequence[Path], cache_dir: Path, progress: Progress | None = None
+    teacher: Teacher,
+    frames: Sequence[Path],
+    cache_dir: Path,
+    progress: Progress | None = None,
+    *,
+    views: int = 1,
 ) -> TeacherEmbeddings:
     """Read a teacher's embeddings of frames, and make those first that are not there.
 
@@ -421,31 +540,35 @@ def cache_embeddings(
         frames: Image files, at least one; those that are there twice count once.
         cache_dir: Folder for such files, made where it is missing.
         progress: Called with how many frames are done, and of how many.
+        views: How many looks of each frame the teacher sees, see `DistillationConfig`. The others
+            borrow from all the frames that are given: give those of one training half alone.
 
     Raises:
         TeacherError: There is no frame, a frame is missing, the teacher fails on one, the cache
             cannot be written, or what lies there does not fit.
         InvalidFramesError: A frame cannot be decoded.
     """
-    listing = _list_frames(teacher, frames)
+    listing = _list_frames(teacher, frames, views)
     report = progress or (lambda _, __: None)
     total = len(listing.frames)
     path = cache_dir / f"{teacher.fingerprint}-{listing.digest}.safetensors"
     if path.exists():
-        embeddings = _read(path, listing, (total, teacher.dim))
+        embeddings = _read(path, listing, (total * views, teacher.dim))
         report(total, total)
-        return TeacherEmbeddings(teacher.fingerprint, listing.frames, embeddings)
+        return TeacherEmbeddings(teacher.fingerprint, listing.frames, embeddings, views)
 
     parts = path.with_suffix(".parts")
-    embeddings = np.empty((total, teacher.dim), dtype=np.float16)
-    for start in range(0, total, CHUNK_FRAMES):
-        chunk = listing.frames[start : start + CHUNK_FRAMES]
+    embeddings = np.empty((total * views, teacher.dim), dtype=np.float16)
+    step = max(1, CHUNK_FRAMES // views)
+    for start in range(0, total, step):
+        stop = min(start + step, total)
         part = parts / f"{start:09d}.safetensors"
-        embeddings[start : start + len(chunk)] = _resume(part, listing, teacher, chunk)
-        report(start + len(chunk), total)
+        made = _resume(part, listing, teacher, range(start, stop))
+        embeddings[start * views : stop * views] = made
+        report(stop, total)
     _write(path, embeddings, listing)
     shutil.rmtree(parts, ignore_errors=True)  # of no use any more, and of no harm
-    return TeacherEmbeddings(teacher.fingerprint, listing.frames, embeddings)
+    return TeacherEmbeddings(teacher.fingerprint, listing.frames, embeddings, views)
 
 
 class _Listing(NamedTuple):
@@ -453,6 +576,7 @@ class _Listing(NamedTuple):
 
     teacher: str
     frames: list[Path]
+    views: int
     digest: str
 
     @property
@@ -460,7 +584,7 @@ class _Listing(NamedTuple):
         return {"format": CACHE_FORMAT, "teacher": self.teacher, "frames": self.digest}
 
 
-def _list_frames(teacher: Teacher, frames: Sequence[Path]) -> _Listing:
+def _list_frames(teacher: Teacher, frames: Sequence[Path], views: int) -> _Listing:
     if not frames:
         raise TeacherError("expected frames for the teacher, got none")
     absolute = {path: path.absolute() for path in frames}
@@ -473,22 +597,28 @@ def _list_frames(teacher: Teacher, frames: Sequence[Path]) -> _Listing:
         raise TeacherError(
             f"expected a frame for the teacher, could not read {error.filename}: {reason(error)}"
         ) from error
-    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-    return _Listing(teacher.fingerprint, ordered, digest)
+    named: Any = listed if views == 1 else {"frames": listed, "views": [VIEWS_FORMAT, views]}
+    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+    return _Listing(teacher.fingerprint, ordered, views, digest)
 
 
 def _resume(
-    part: Path, listing: _Listing, teacher: Teacher, chunk: Sequence[Path]
+    part: Path, listing: _Listing, teacher: Teacher, rows: Sequence[int]
 ) -> NDArray[np.float16]:
-    """Embeddings of a chunk, from an interrupted pass or from the teacher."""
+    """Embeddings of a chunk of frames, from an interrupted pass or from the teacher."""
     if part.exists():
         try:
-            return _read(part, listing, (len(chunk), teacher.dim))
+            return _read(part, listing, (len(rows) * listing.views, teacher.dim))
         except TeacherError:
             part.unlink(missing_ok=True)  # cut short, or of other chunks: it is made again
-    embeddings = teacher.embed(
-        np.stack([read_frame(path, teacher.preprocessing) for path in chunk])
-    )
+
+    def read(path: Path) -> Clip:
+        return read_frame(path, teacher.preprocessing)
+
+    looks = [
+        _show(listing.frames, row, view, read) for row in rows for view in range(listing.views)
+    ]
+    embeddings = teacher.embed(np.stack(looks))
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit: NDArray[np.float16] = (embeddings / np.maximum(lengths, TINY)).astype(np.float16)
     _write(part, unit, listing)
@@ -552,7 +682,8 @@ class DistillationLoss(nn.Module):
     its rows scaled to unit length, by the same mean of squares; here the entries are cosines, which
     do not depend on what else is in the batch. Park et al. (arXiv:1904.05068) compare distances,
     scaled by their mean, and angles. The embedding term needs the projection P because the two
-    spaces have other axes; it belongs to training and is in no checkpoint. Cosines, because
+    spaces have other axes; it belongs to training and is in no checkpoint. A student with
+    embeddings of the teacher's length may do without, P the identity. Cosines, because
     teachers of this kind are compared by them; so the length of the student's embeddings stays
     free.
 
@@ -569,7 +700,14 @@ class DistillationLoss(nn.Module):
         self.dim, self.teacher_dim = dim, teacher_dim
         self.similarity_weight = config.similarity_weight
         self.embedding_weight = config.embedding_weight
-        self.projection = nn.Linear(dim, teacher_dim)
+        if not config.projection and dim != teacher_dim:
+            raise TeacherError(
+                f"expected embeddings as long as the teacher's without a projection, "
+                f"{teacher_dim}, got {dim}: set network.head"
+            )
+        self.projection: nn.Module = nn.Identity()
+        if config.projection:
+            self.projection = nn.Linear(dim, teacher_dim)
 
     def forward(self, frame_embeddings: Tensor, teacher: Tensor) -> DistillationTerms:
         """Compare a batch with what the teacher says of it.

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from model.augmentation import AugmentationConfig, augment
 from model.datasets.tracklets import Tracklet, natural_key
+from model.distillation import TeacherEmbeddings
 from model.errors import DatasetError, InvalidFramesError
 from model.frames import Clip, Preprocessing, choose_frames, read_frame
 from model.recipe import BatchConfig
-from model.samplers import PKSampler
+from model.samplers import Sampler
 
 _STREAM = 2  # see `model.samplers.STREAM`
 _MEMORY_SHARE = 0.25
@@ -31,12 +32,14 @@ class Batch:
         labels: (B,) int64, numbers of the training identities.
         tracklets: B numbers of tracklets.
         positions: For each tracklet the numbers of its T frames.
+        views: For each tracklet which looks of them it shows; 0 is the frame itself.
     """
 
     clips: Tensor
     labels: Tensor
     tracklets: list[int]
     positions: list[list[int]]
+    views: list[list[int]]
 
 
 class FrameStore:
@@ -112,20 +115,23 @@ class ClipLoader:
         store: Where their frames come from.
         batch: Frames per tracklet and how they are chosen.
         augmentation: What is done to them.
+        teacher: Whose looks are shown, each as often as every other; without one the frames alone.
         workers: Threads; by default as many as cores.
     """
 
     def __init__(
         self,
         tracklets: Sequence[Tracklet],
-        sampler: PKSampler,
+        sampler: Sampler,
         store: FrameStore,
         batch: BatchConfig,
         augmentation: AugmentationConfig,
         *,
+        teacher: TeacherEmbeddings | None = None,
         workers: int | None = None,
     ) -> None:
         self._tracklets = tracklets
+        self._teacher = teacher
         self._sampler = sampler
         self._store = store
         self._batch = batch
@@ -159,7 +165,7 @@ class ClipLoader:
 
     def load(self, numbers: list[int], epoch: int, step: int) -> Batch:
         """Load one batch of tracklets, given by their numbers."""
-        clips, positions = [], []
+        clips, positions, views = [], [], []
         first = self._sampler.rank * len(numbers)
         for slot, number in enumerate(numbers, start=first):
             rng = np.random.default_rng([self._sampler.seed, _STREAM, epoch, step, slot])
@@ -167,11 +173,27 @@ class ClipLoader:
             chosen = choose_frames(len(frames), self._batch.frames, self._batch.sampling, rng)
             # "even" returns fewer where there are fewer; a batch needs as many of each.
             chosen = [chosen[place % len(chosen)] for place in range(self._batch.frames)]
-            clip = np.stack([self._store.read(frames[position]) for position in chosen])
+            looks = self._draw_views(len(chosen), rng)
+            clip = np.stack(
+                [self._show(frames[at], look) for at, look in zip(chosen, looks, strict=True)]
+            )
             clips.append(augment(clip, self._augmentation, rng))
             positions.append(chosen)
+            views.append(looks)
         labels = [self.labels[self._tracklets[number].identity] for number in numbers]
-        return Batch(torch.from_numpy(np.stack(clips)), torch.tensor(labels), numbers, positions)
+        stacked = torch.from_numpy(np.stack(clips))
+        return Batch(stacked, torch.tensor(labels), numbers, positions, views)
+
+    def _draw_views(self, frames: int, rng: np.random.Generator) -> list[int]:
+        if self._teacher is None or self._teacher.views == 1:
+            return [0] * frames
+        views: list[int] = rng.integers(self._teacher.views, size=frames).tolist()
+        return views
+
+    def _show(self, frame: Path, view: int) -> Clip:
+        if self._teacher is None or view == 0:
+            return self._store.read(frame)
+        return self._teacher.show(frame, view, self._store.read)
 
 
 def identity_labels(tracklets: Sequence[Tracklet]) -> dict[str, int]:

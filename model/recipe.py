@@ -9,6 +9,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from math import cos, pi
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -34,10 +35,24 @@ class DataConfig:
     Args:
         layout: A layout of `model.datasets.layouts`, or "auto" to recognise it.
         prid_subset: Of PRID-2011: "178" identities of the published split file, or "all200".
+        test_share: Of a mix: how many of the identities of a part are tested, in [0, 1), by its
+            name; a half where nothing is said.
     """
 
-    layout: Literal["auto", "folder", "ilids-vid", "prid-2011", "mars", "market-1501"] = "auto"
+    layout: Literal["auto", "folder", "ilids-vid", "prid-2011", "mars", "market-1501", "mixed"] = (
+        "auto"
+    )
     prid_subset: Literal["178", "all200"] = "178"
+    test_share: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.test_share and self.layout not in ("auto", "mixed"):
+            raise ValueError(
+                f'test_share: expected the layout "mixed", which has parts, got {self.layout!r}'
+            )
+        for part, share in self.test_share.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"test_share: expected shares in [0, 1), got {share} of {part!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,8 @@ class BatchConfig:
         sampling: How they are chosen, see `model.frames.choose_frames`.
         accumulate: Batches whose gradients are averaged for one step. Hard mining stays within
             each batch.
+        draw: "identities" as above; "clips" draws P * K tracklets whoever is in them, for learning
+            from a teacher, see `model.samplers.ClipSampler`.
     """
 
     identities: int = 8
@@ -58,6 +75,7 @@ class BatchConfig:
     frames: int = 15
     sampling: Literal["random", "consecutive", "chunks", "even"] = "random"
     accumulate: int = 1
+    draw: Literal["identities", "clips"] = "identities"
 
     def __post_init__(self) -> None:
         for name, least in (("identities", 2), ("tracklets", 2), ("frames", 1), ("accumulate", 1)):
@@ -67,12 +85,14 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True)
 class OptimiserConfig:
-    """Adam and its schedule; an epoch is one pass over the training identities.
+    """Adam and its schedule; an epoch is one pass over the training identities, or frames.
 
     Args:
         epochs: How many.
         rate: Learning rate.
         decay: Weight decay, added to the gradient (L2).
+        schedule: "steps" is as follows; "cosine" lets the rate fall to 0 over the whole run, along
+            half a wave.
         milestones: Epochs from which on the rate is multiplied by ``factor`` once more.
         factor: See there.
         warmup_epochs: Epochs over which the rate rises linearly from a tenth; 0 for none.
@@ -86,6 +106,7 @@ class OptimiserConfig:
     epochs: int = 600
     rate: float = 3e-4
     decay: float = 5e-4
+    schedule: Literal["steps", "cosine"] = "steps"
     milestones: tuple[int, ...] = (200, 400)
     factor: float = 0.1
     warmup_epochs: int = 0
@@ -116,9 +137,11 @@ class OptimiserConfig:
 
         Args:
             epoch: From 0.
-            progress: How much of it is done, in [0, 1); only warm-up changes within an epoch.
+            progress: How much of it is done, in [0, 1); steps change only between epochs.
         """
         rate = self.rate * self.factor ** sum(epoch >= milestone for milestone in self.milestones)
+        if self.schedule == "cosine":
+            rate = self.rate * 0.5 * (1 + cos(pi * (epoch + progress) / self.epochs))
         if epoch < self.warmup_epochs:
             rate *= 0.1 + 0.9 * (epoch + progress) / self.warmup_epochs
         return rate
@@ -151,7 +174,8 @@ class Recipe:
         name: Of the recipe.
         description: For people.
         start: Weights to begin with: "random"; a ResNet-50 with torchvision's names or a
-            checkpoint of ours, by path; or "IMAGENET1K_V1", which downloads torchvision's.
+            checkpoint of ours, by path; "bundled", which comes with Passerby; or "IMAGENET1K_V1",
+            which downloads torchvision's.
         data: See the class of each; a table of the same name in the file.
     """
 
@@ -173,6 +197,17 @@ class Recipe:
             raise ValueError("name: expected a name, got an empty one")
         if self.network.neck and self.loss.identity == "none":
             raise ValueError("network.neck: expected an identity loss to train it, got none")
+        if self.batch.draw == "clips" and self.loss.triplet:
+            raise ValueError(
+                'batch.draw: expected "identities" for the triplet loss, which needs positives, '
+                'got "clips"'
+            )
+        views = 1 if self.distillation is None else self.distillation.views
+        if views > 1 and (self.loss.identity != "none" or self.loss.triplet):
+            raise ValueError(
+                "distillation.views: expected 1 beside an identity or triplet loss, because other "
+                f"looks show other people, got {views}"
+            )
         if self.loss.identity == "none" and not self.loss.triplet and (self.distillation is None):
             raise ValueError(
                 "loss: expected an identity loss, a triplet loss or a teacher, got none"
@@ -229,6 +264,14 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def without_places(recipe: Recipe) -> Recipe:
+    """The recipe with names of files where it has paths: what a checkpoint tells to strangers."""
+    taught = recipe.distillation
+    if taught is not None:
+        taught = dataclasses.replace(taught, teacher=Path(taught.teacher).name, cache=None)
+    return dataclasses.replace(recipe, start=Path(recipe.start).name, distillation=taught)
+
+
 def format_recipe(recipe: Recipe) -> str:
     """The recipe as TOML, every value written out."""
     lines, tables = [], []
@@ -242,6 +285,9 @@ def format_recipe(recipe: Recipe) -> str:
 
 
 def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        rows = [f"{_toml(key)} = {_toml(one)}" for key, one in value.items()]
+        return f"{{ {', '.join(rows)} }}" if rows else "{}"
     # Strings, numbers, booleans and lists of them are written alike in JSON and in TOML, but that
     # TOML also wants DEL escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,10 +1,11 @@
-"""Which tracklets meet in a batch: P identities with K tracklets each."""
+"""Which tracklets meet in a batch: P identities with K tracklets each, or whichever come."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.datasets.tracklets import Tracklet, natural_key
 from model.errors import TrainingError
@@ -100,3 +101,69 @@ class PKSampler:
         for turn in range(max(len(numbers) for numbers in cameras)):
             turns += [int(cameras[c][turn]) for c in order if turn < len(cameras[c])]
         return [turns[place % len(turns)] for place in range(self.per_identity)]
+
+
+class ClipSampler:
+    """Draws batches of tracklets without regard to who is in them, for learning from a teacher.
+
+    An epoch has as many clips as make up all frames. A tracklet is drawn in proportion to its
+    frames, divided by the root of how many frames its camera has: halfway between "every frame
+    counts the same" and "every camera counts the same", so that a camera with few frames is not
+    lost among the others. Draws are with replacement.
+
+    Args:
+        tracklets: What to draw from, at least one.
+        clips: In a batch of one rank, >= 2.
+        frames: T, of each clip.
+        seed: Decides every draw, with the epoch's number.
+        rank: See `PKSampler`.
+        ranks: Likewise.
+
+    Raises:
+        TrainingError: There are fewer frames than one batch of all ranks takes.
+    """
+
+    def __init__(
+        self,
+        tracklets: Sequence[Tracklet],
+        *,
+        clips: int,
+        frames: int,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        per_camera: dict[str, int] = defaultdict(int)
+        for one in tracklets:
+            per_camera[one.camera] += len(one.frames)
+        weights = np.array([len(one.frames) / per_camera[one.camera] ** 0.5 for one in tracklets])
+        self._chances: NDArray[np.float64] = weights / weights.sum()
+        self._batches = sum(per_camera.values()) // (clips * frames * ranks)
+        if not self._batches:
+            raise TrainingError(
+                f"expected at least {clips * frames * ranks} training frames for one batch, "
+                f"got {sum(per_camera.values())}"
+            )
+        self.clips, self.seed, self.rank, self.ranks = clips, seed, rank, ranks
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._batches
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Draw the batches of one epoch for this rank.
+
+        Args:
+            epoch: From 0.
+
+        Returns:
+            Each ``clips`` indices into ``tracklets``.
+        """
+        rng = np.random.default_rng([self.seed, STREAM, epoch])
+        shape = (len(self), self.ranks, self.clips)
+        drawn = rng.choice(len(self._chances), size=shape, p=self._chances)
+        batches: list[list[int]] = drawn[:, self.rank].tolist()
+        return batches
+
+
+Sampler = PKSampler | ClipSampler

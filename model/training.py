@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +43,9 @@ from model.losses import (
 )
 from model.network import TrackletNet, build_backbone
 from model.ranks import Ranks
-from model.recipe import Recipe, recipe_values
+from model.recipe import BatchConfig, Recipe, recipe_values, without_places
 from model.runs import Moment, RunFolder
-from model.samplers import PKSampler
+from model.samplers import ClipSampler, PKSampler, Sampler
 
 LOG_EVERY_STEPS = 10
 ADVICE = (
@@ -151,6 +151,33 @@ def usable_tracklets(split: Split, listener: Listener) -> list[Tracklet]:
     return usable
 
 
+def make_sampler(
+    tracklets: Sequence[Tracklet], batch: BatchConfig, seed: int, ranks: Ranks
+) -> Sampler:
+    """What draws batches as a recipe says.
+
+    Raises:
+        TrainingError: There are too few identities, or frames, for one batch.
+    """
+    if batch.draw == "clips":
+        return ClipSampler(
+            tracklets,
+            clips=batch.identities * batch.tracklets,
+            frames=batch.frames,
+            seed=seed,
+            rank=ranks.rank,
+            ranks=ranks.count,
+        )
+    return PKSampler(
+        tracklets,
+        identities=batch.identities,
+        per_identity=batch.tracklets,
+        seed=seed,
+        rank=ranks.rank,
+        ranks=ranks.count,
+    )
+
+
 class Trainer:
     """One training run.
 
@@ -182,14 +209,7 @@ class Trainer:
             self.device = torch.device("cuda", self.ranks.local)
         self.precision = choose_precision(recipe.optimiser.precision, self.device)
         self.tracklets = usable_tracklets(job.split, self.listener)
-        sampler = PKSampler(
-            self.tracklets,
-            identities=recipe.batch.identities,
-            per_identity=recipe.batch.tracklets,
-            seed=job.seed,
-            rank=self.ranks.rank,
-            ranks=self.ranks.count,
-        )
+        sampler = make_sampler(self.tracklets, recipe.batch, job.seed, self.ranks)
         frames = [path for one in self.tracklets for path in one.frames]
         self.store = FrameStore(frames, recipe.preprocessing, sharers=self.ranks.count)
         self.loader = ClipLoader(
@@ -198,6 +218,7 @@ class Trainer:
             self.store,
             recipe.batch,
             recipe.augmentation,
+            teacher=job.teacher,
             workers=job.workers,
         )
         self.learner = self._build()
@@ -423,7 +444,8 @@ class Trainer:
             for number, positions in zip(batch.tracklets, batch.positions, strict=True)
             for position in positions
         ]
-        embeddings = torch.from_numpy(self.job.teacher.of(paths))  # (B*T, D_t)
+        views = [view for one in batch.views for view in one]
+        embeddings = torch.from_numpy(self.job.teacher.of(paths, views))  # (B*T, D_t)
         return embeddings.view(*batch.clips.shape[:2], -1).to(self.device)
 
     def _check(self, loss: Tensor, batch: Batch) -> None:
@@ -488,7 +510,7 @@ class Trainer:
         state = {name: one.detach().cpu().clone() for name, one in kept.state_dict().items()}
         network.load_state_dict(state, assign=True)
         provenance = {
-            "recipe": recipe_values(self.recipe),
+            "recipe": recipe_values(without_places(self.recipe)),
             "data": {**self.job.data, "seed": self.job.seed},
             "start": self._start,
             "epochs": self.recipe.optimiser.epochs,

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model import distillation
+from model.checkpoint import make_checkpoint
 from model.datasets.folder import read_folder
 from model.distillation import (
     DistillationConfig,
@@ -26,9 +27,12 @@ from model.distillation import (
     TeacherEmbeddings,
     cache_embeddings,
     load_teacher,
+    teach_by_checkpoint,
 )
+from model.embedder import Embedder
 from model.errors import InvalidFramesError, TeacherError
-from model.frames import choose_frames, read_frame
+from model.frames import Preprocessing, choose_frames, read_frame
+from model.network import NetworkConfig, TrackletNet
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SHARED", Path(__file__).parents[3] / "shared"))
@@ -447,6 +451,54 @@ def test_a_data_set_that_is_moved_keeps_its_cache(frames: list[Path], tmp_path: 
     assert teacher.asked == 0
 
 
+def test_a_network_of_ours_teaches_what_it_embeds() -> None:
+    """Each crop as a tracklet of one frame, through the checkpoint's own preprocessing."""
+    size = Preprocessing(height=40, width=32, interpolation="bicubic")
+    torch.manual_seed(0)
+    checkpoint = make_checkpoint(TrackletNet(NetworkConfig(backbone="conv5", head=5)), size)
+
+    teacher = teach_by_checkpoint(checkpoint)
+
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32")
+    expected = [one.embedding for one in embedder.embed([crop[None] for crop in crops(20)])]
+    assert teacher.embed(crops(20)) == pytest.approx(np.stack(expected), abs=1e-5)
+    assert (teacher.dim, teacher.preprocessing) == (5, size)
+    assert teacher.fingerprint == f"teacher-{checkpoint.fingerprint}"
+
+
+def test_views_are_embedded_as_they_are_shown(frames: list[Path], tmp_path: Path) -> None:
+    """A student is shown the very look that the teacher saw; the first is the frame itself."""
+    teacher = CountingTeacher()
+    known = cache_embeddings(teacher, frames, tmp_path / "cache", views=3)
+
+    def read(path: Path) -> NDArray[np.uint8]:
+        return read_frame(path, teacher.preprocessing)
+
+    for view in range(3):
+        shown = np.stack([known.show(path, view, read) for path in frames])
+        expected = unit(teacher.embed(shown))
+        assert known.of(frames, [view] * len(frames)) == pytest.approx(expected, abs=1e-3)
+    assert np.array_equal(known.of(frames), known.of(frames, [0] * len(frames)))
+    assert np.array_equal(known.show(frames[0], 0, read), read(frames[0]))
+
+
+def test_views_have_a_cache_of_their_own_that_is_found_again(
+    frames: list[Path], tmp_path: Path
+) -> None:
+    teacher = CountingTeacher()
+    single = cache_embeddings(teacher, frames, tmp_path)
+    several = cache_embeddings(teacher, frames, tmp_path, views=2)
+    asked = teacher.asked
+
+    again = cache_embeddings(teacher, list(reversed(frames)), tmp_path, views=2)
+
+    assert teacher.asked == asked == 3 * len(frames)
+    assert (single.views, several.views) == (1, 2)
+    assert np.array_equal(
+        again.of(frames, [1] * len(frames)), several.of(frames, [1] * len(frames))
+    )
+
+
 @pytest.mark.parametrize("change", ["a frame more", "a frame of another size", "another teacher"])
 def test_another_list_or_teacher_has_another_cache(
     change: str, frames: list[Path], tmp_path: Path
@@ -568,6 +620,11 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def projection_of(loss: DistillationLoss) -> nn.Linear:
+    assert isinstance(loss.projection, nn.Linear)
+    return loss.projection
+
+
 def rotation(dim: int) -> Tensor:
     turned: Tensor = torch.linalg.qr(drawn(dim, dim, seed=9))[0]
     return turned
@@ -577,8 +634,8 @@ def test_the_terms_are_those_of_a_slow_loop() -> None:
     loss = make_loss(6, 4)
     student, teacher = drawn(2, 3, 6), drawn(2, 3, 4, seed=1)
     s, t = student.flatten(0, 1).double().numpy(), teacher.flatten(0, 1).double().numpy()
-    weight = loss.projection.weight.detach().double().numpy()
-    bias = loss.projection.bias.detach().double().numpy()
+    weight = projection_of(loss).weight.detach().double().numpy()
+    bias = projection_of(loss).bias.detach().double().numpy()
 
     def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
         return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
@@ -608,7 +665,7 @@ def test_orthogonal_frames_against_equal_ones_cost_the_share_of_pairs() -> None:
 
 def test_the_length_of_embeddings_counts_on_neither_side() -> None:
     loss = make_loss()
-    nn.init.zeros_(loss.projection.bias)
+    nn.init.zeros_(projection_of(loss).bias)
     student, teacher = drawn(2, 3, 6), drawn(2, 3, 6, seed=1)
     lengths = 0.1 + drawn(2, 3, 1, seed=2).abs()
 
@@ -620,8 +677,8 @@ def test_the_length_of_embeddings_counts_on_neither_side() -> None:
 
 def test_a_projection_that_reproduces_the_teacher_has_no_embedding_loss() -> None:
     loss, student, turn = make_loss(), drawn(2, 3, 6), rotation(6)
-    loss.projection.weight.data = turn.T.contiguous()
-    nn.init.zeros_(loss.projection.bias)
+    projection_of(loss).weight.data = turn.T.contiguous()
+    nn.init.zeros_(projection_of(loss).bias)
 
     assert loss(student, 3 * student @ turn).embedding.item() == pytest.approx(0, abs=1e-6)
     assert loss(student, -student @ turn).embedding.item() == pytest.approx(2)
@@ -671,6 +728,18 @@ def test_a_step_down_the_gradient_brings_the_student_nearer() -> None:
     after = loss(student - 0.1 * student.grad, teacher)
 
     assert after.total < before.total
+
+
+def test_without_a_projection_the_student_stands_where_the_teacher_does() -> None:
+    config = DistillationConfig("t.onnx", projection=False)
+    loss = DistillationLoss(6, 6, config)
+    said = drawn(2, 3, 6)
+
+    assert list(loss.parameters()) == []
+    assert loss(said, said).total.item() == pytest.approx(0, abs=1e-6)
+    assert loss(said, -said).embedding.item() == pytest.approx(2)
+    with pytest.raises(TeacherError, match=r"without a projection, 6, got 5: set network\.head"):
+        DistillationLoss(5, 6, config)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -14,6 +14,7 @@ from model.recipe import (
     load_recipe,
     parse_recipe,
     recipe_values,
+    without_places,
 )
 
 MINIMAL = {"name": "mine"}
@@ -86,6 +87,27 @@ def test_warm_up_rises_from_a_tenth_within_its_epochs() -> None:
     assert config.rate_at(5) == pytest.approx(0.55)
     assert config.rate_at(9, 0.5) == pytest.approx(0.1 + 0.9 * 0.95)
     assert config.rate_at(10) == pytest.approx(1.0)
+
+
+def test_a_cosine_falls_to_nothing_along_half_a_wave() -> None:
+    config = OptimiserConfig(rate=2.0, epochs=10, schedule="cosine", milestones=(5,))
+
+    assert config.rate_at(0) == pytest.approx(2.0)
+    assert config.rate_at(5) == pytest.approx(1.0)
+    assert config.rate_at(2, 0.5) == pytest.approx(1 + 0.5**0.5)
+    assert config.rate_at(9, 0.999) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["batch.draw=clips"], "identities.* for the triplet loss, which needs positives"),
+        (["distillation.teacher=t.onnx", "distillation.views=2"], "expected 1 beside an identity"),
+    ],
+)
+def test_what_cannot_be_learned_together_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("folder", settings)
 
 
 @pytest.mark.parametrize("name", bundled_recipes())
@@ -221,3 +243,15 @@ def test_bundled_files_say_what_is_not_obvious_and_hold_no_other_key() -> None:
 
         assert values["name"] == path.stem
         assert values["description"]
+
+
+def test_a_recipe_without_places_names_files_and_no_folders() -> None:
+    settings = ["start=/home/me/w.safetensors", "distillation.teacher=/data/t.onnx"]
+    recipe = load_recipe("folder", [*settings, "distillation.cache=/data/cache"])
+
+    told = without_places(recipe)
+
+    assert told.start == "w.safetensors"
+    assert told.distillation is not None
+    assert (told.distillation.teacher, told.distillation.cache) == ("t.onnx", None)
+    assert without_places(load_recipe("folder")) == load_recipe("folder")

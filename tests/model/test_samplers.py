@@ -1,5 +1,6 @@
 """Batches of P identities with K tracklets each (paper/review.md, 3.8, test 12)."""
 
+from collections import Counter
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from model.datasets.tracklets import Tracklet
 from model.errors import TrainingError
-from model.samplers import PKSampler
+from model.samplers import ClipSampler, PKSampler
 
 
 def tracklets(identities: int, cameras: int = 2, each: int = 1) -> list[Tracklet]:
@@ -115,3 +116,45 @@ def test_a_batch_without_positives_or_negatives_is_refused(
 ) -> None:
     with pytest.raises(TrainingError, match="at least 2"):
         PKSampler(tracklets(8), identities=identities, per_identity=per_identity)
+
+
+def seen_by(camera: str, frames: int, tracklets: int) -> list[Tracklet]:
+    paths = tuple(Path(f"{number}.jpg") for number in range(frames))
+    return [Tracklet(f"p{number}", camera, "", paths) for number in range(tracklets)]
+
+
+def test_an_epoch_of_clips_has_as_many_frames_as_there_are() -> None:
+    known = seen_by("c1", frames=6, tracklets=20)
+
+    sampler = ClipSampler(known, clips=4, frames=3)
+
+    assert len(sampler) == len(sampler.batches(0)) == 120 // 12
+    assert all(len(batch) == 4 for batch in sampler.batches(0))
+
+
+def test_a_camera_comes_as_often_as_the_root_of_its_frames() -> None:
+    """900 frames against 100 are drawn 3 to 1, and within a camera frames count the same."""
+    known = [*seen_by("c1", 30, 30), *seen_by("c2", 5, 10), *seen_by("c2", 50, 1)]
+    sampler = ClipSampler(known, clips=10, frames=1, seed=3)
+
+    drawn = Counter(chain(*(n for epoch in range(100) for n in sampler.batches(epoch))))
+    many, few = sum(drawn[n] for n in range(30)), sum(drawn[n] for n in range(30, 41))
+
+    assert many / few == pytest.approx(3, rel=0.05)
+    assert drawn[40] / sum(drawn[n] for n in range(30, 40)) == pytest.approx(1, rel=0.05)
+
+
+def test_clips_depend_on_the_seed_and_the_epoch_and_ranks_get_their_own() -> None:
+    known = seen_by("c1", 10, 30)
+    first, again = ClipSampler(known, clips=5, frames=1), ClipSampler(known, clips=5, frames=1)
+    ranks = [ClipSampler(known, clips=5, frames=1, rank=rank, ranks=2) for rank in (0, 1)]
+
+    assert first.batches(1) == again.batches(1)
+    assert first.batches(1) != first.batches(2)
+    assert len(ranks[0]) == len(first) // 2
+    assert ranks[0].batches(0) != ranks[1].batches(0)
+
+
+def test_too_few_frames_for_a_batch_are_refused() -> None:
+    with pytest.raises(TrainingError, match="at least 64 training frames for one batch, got 60"):
+        ClipSampler(seen_by("c1", 6, 10), clips=64, frames=1)

@@ -1,0 +1,85 @@
+"""Batches: what is shown, and what is said of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.augmentation import AugmentationConfig
+from model.datasets.tracklets import Tracklet
+from model.distillation import TeacherEmbeddings
+from model.frames import Preprocessing
+from model.loading import ClipLoader, FrameStore
+from model.recipe import BatchConfig
+from model.samplers import ClipSampler
+
+SIZE = Preprocessing(height=40, width=32)
+PLAIN = AugmentationConfig(flip=0)
+
+
+@pytest.fixture
+def tracklets(tmp_path: Path) -> list[Tracklet]:
+    """Six tracklets of two cameras, three frames each."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(6):
+        frames = tuple(tmp_path / f"{number}-{frame}.png" for frame in range(3))
+        for path in frames:
+            Image.fromarray(rng.integers(0, 256, (40, 32, 3), dtype=np.uint8)).save(path)
+        made.append(Tracklet(f"p{number // 2}", f"c{number % 2}", "", frames))
+    return made
+
+
+def load(
+    tracklets: list[Tracklet], teacher: TeacherEmbeddings | None, workers: int = 1
+) -> ClipLoader:
+    store = FrameStore([path for one in tracklets for path in one.frames], SIZE)
+    sampler = ClipSampler(tracklets, clips=3, frames=2)
+    batch = BatchConfig(frames=2, draw="clips")
+    return ClipLoader(tracklets, sampler, store, batch, PLAIN, teacher=teacher, workers=workers)
+
+
+def say_of(tracklets: list[Tracklet], views: int) -> TeacherEmbeddings:
+    paths = sorted(path for one in tracklets for path in one.frames)
+    said = np.eye(len(paths) * views, dtype=np.float16)
+    return TeacherEmbeddings("teacher-0", paths, said, views)
+
+
+def test_a_batch_shows_the_looks_that_it_names(tracklets: list[Tracklet]) -> None:
+    """Every look of every frame comes, with the pixels that the teacher was asked about."""
+    teacher = say_of(tracklets, views=3)
+    loader = load(tracklets, teacher)
+    seen = set()
+
+    for epoch in range(20):
+        for batch in loader.epoch(epoch):
+            for clip, number, places, views in zip(
+                batch.clips.numpy(), batch.tracklets, batch.positions, batch.views, strict=True
+            ):
+                for shown, place, view in zip(clip, places, views, strict=True):
+                    path = tracklets[number].frames[place]
+                    assert np.array_equal(shown, teacher.show(path, view, loader._store.read))
+                    seen.add((path, view))
+
+    assert len(seen) == 18 * 3
+
+
+def test_without_looks_frames_are_shown_as_they_are(tracklets: list[Tracklet]) -> None:
+    for teacher in (None, say_of(tracklets, views=1)):
+        loader = load(tracklets, teacher)
+        [batch] = list(loader.epoch(0))[:1]
+
+        assert batch.views == [[0, 0]] * 3
+        path = tracklets[batch.tracklets[0]].frames[batch.positions[0][0]]
+        assert np.array_equal(batch.clips[0, 0].numpy(), loader._store.read(path))
+
+
+def test_looks_do_not_depend_on_how_many_threads_load(tracklets: list[Tracklet]) -> None:
+    teacher = say_of(tracklets, views=3)
+
+    one, many = load(tracklets, teacher), load(tracklets, teacher, workers=3)
+
+    for a, b in zip(one.epoch(2), many.epoch(2), strict=True):
+        assert a.views == b.views
+        assert np.array_equal(a.clips.numpy(), b.clips.numpy())
