@@ -15,9 +15,12 @@ from typing import Any
 from model.checkpoint import load_checkpoint
 from model.datasets.findings import shorten
 from model.datasets.layouts import LAYOUTS
+from model.datasets.market1501 import DISTRACTOR, is_plain
+from model.datasets.mixed import MixedDataset
+from model.datasets.splits import UNSEEN, divide_unseen
 from model.datasets.tracklets import Dataset, Split, natural_key
 from model.embedder import Precision, choose_device, choose_precision
-from model.errors import EvaluationError
+from model.errors import DatasetError, EvaluationError
 from model.evaluation import (
     ClipChoice,
     ProtocolName,
@@ -28,7 +31,7 @@ from model.evaluation import (
 from model.runs import FACTS, PRODUCT
 
 FORMAT = "passerby-evaluation-1"
-_PUBLISHED = frozenset(LAYOUTS) - {"folder"}  # their names mean the same people everywhere
+_PUBLISHED = frozenset(LAYOUTS) - {"folder", "mixed"}  # their names mean the same people everywhere
 _ANY_NAME = ("utf-8", "surrogateescape")  # file names need not be text
 _LONGEST_NAME = 120  # letters of a unit's file name; file systems take 255 bytes
 
@@ -63,7 +66,8 @@ class EvaluationTask:
         fingerprint: Of the data, from `model.datasets.layouts.fingerprint_dataset`.
         output: Folder to write to; an evaluation that is there goes on.
         options: How.
-        splits: Names of the splits asked for; None for all.
+        splits: Names of the splits asked for; None for all. "unseen" alone is the split of
+            everybody whom the checkpoint was not trained on.
         seeds: Of drawn frames; more than one only with ``frames="random"``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: Of the backbone.
@@ -149,13 +153,15 @@ class Subject:
 
     @property
     def trainings(self) -> list[Mapping[str, Any]]:
-        """What it says about every training that its weights have been through, the last first."""
-        found = [self.data]
-        start = self.provenance.get("start")
-        while isinstance(start, Mapping):
-            data = start.get("data")
-            found += [data] if isinstance(data, Mapping) else []
-            start = start.get("start")
+        """What it says about every training that its weights have been through, the last first.
+
+        A training on a mix counts as one on each of its parts.
+        """
+        found: list[Mapping[str, Any]] = []
+        said: Any = self.provenance
+        while isinstance(said, Mapping):
+            found += _trained_parts(said.get("data"))
+            said = said.get("start")
         return found
 
 
@@ -219,34 +225,94 @@ def plan_units(task: EvaluationTask, listener: EvaluationListener | None = None)
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged or of another architecture.
-        EvaluationError: A split asked for is not there, a run has no split here, or a checkpoint
-            was trained on who is tested.
+        EvaluationError: The data are a mix, a split asked for is not there, a run has no split
+            here, nobody is left whom a checkpoint was not trained on, or it was trained on who is
+            tested.
     """
-    chosen = _choose_splits(task)
+    _refuse_mix(task.dataset)
     if not task.seeds or (len(set(task.seeds)) > 1 and task.options.choice.frames != "random"):
         raise EvaluationError(
             f"expected one seed, got {len(set(task.seeds))}: with frames "
             f"{task.options.choice.frames!r} nothing is drawn; several need --frames random"
         )
     listener = listener or EvaluationListener()
-    units: list[Unit] = []
+    if task.splits is not None and UNSEEN in task.splits:
+        subjects = _find_unseen(task, listener)
+    else:
+        subjects = _find_splits(task, listener)
+    units = [
+        _plan_unit(task, subject, split, seed)
+        for subject, splits in subjects
+        for split in splits
+        for seed in dict.fromkeys(task.seeds)
+    ]
+    if namesakes := max(unit.namesakes for unit in units):
+        listener.said(f"note: {describe_namesakes(namesakes)}")
+    return units
+
+
+def _refuse_mix(dataset: Dataset) -> None:
+    if isinstance(dataset, MixedDataset):
+        raise EvaluationError(
+            f"expected one data set, got a mix of {', '.join(dataset.parts)} in {dataset.root}, "
+            "where no camera of one part saw anybody of another, so that a figure over all of it "
+            "would say nothing: name the folder of one part"
+        )
+
+
+def _find_splits(
+    task: EvaluationTask, listener: EvaluationListener
+) -> list[tuple[Subject, list[Split]]]:
+    """Find each checkpoint with those of the chosen splits that it is evaluated on."""
+    chosen = _choose_splits(task)
+    subjects = []
     for subject in find_subjects(task.source, listener):
-        splits = chosen
-        if subject.is_run:
-            splits = [one for one in [_own_split(subject, task.dataset)] if one in chosen]
-        units += [
-            _plan_unit(task, subject, split, seed)
-            for split in splits
-            for seed in dict.fromkeys(task.seeds)
-        ]
-    if not units:
+        own = [_own_split(subject, task.dataset)] if subject.is_run else chosen
+        subjects.append((subject, [one for one in own if one in chosen]))
+    if not any(splits for _, splits in subjects):
         raise EvaluationError(
             f"expected runs on the splits {', '.join(one.name for one in chosen)}, "
             f"got none in {task.source}"
         )
-    if namesakes := max(unit.namesakes for unit in units):
-        listener.said(f"note: {describe_namesakes(namesakes)}")
-    return units
+    return subjects
+
+
+def _find_unseen(
+    task: EvaluationTask, listener: EvaluationListener
+) -> list[tuple[Subject, list[Split]]]:
+    """Find each checkpoint with the one split of everybody whom it was not trained on."""
+    if set(task.splits or ()) != {UNSEEN}:
+        raise EvaluationError(f"expected {UNSEEN!r} without other splits, got {task.splits}")
+    dataset = task.dataset
+    if dataset.layout != "folder" and not (
+        dataset.layout == "market-1501" and is_plain(dataset.root)
+    ):
+        raise EvaluationError(
+            f"expected a folder of tracklets or of nothing but crops for the split {UNSEEN!r}, got "
+            f"{dataset.layout}, whose published splits say who is tested "
+            f"({', '.join(one.name for one in dataset.splits)})"
+        )
+    subjects = [
+        (subject, [_unseen_split(subject, task)])
+        for subject in find_subjects(task.source, listener)
+    ]
+    first, [split] = subjects[0]
+    for other, [another] in subjects[1:]:
+        if another != split:
+            raise EvaluationError(
+                f"expected runs that were trained on the same people, because their figures are "
+                f"averaged, got others in {other.name} than in {first.name}; evaluate each alone"
+            )
+    return subjects
+
+
+def _unseen_split(subject: Subject, task: EvaluationTask) -> Split:
+    known = _trained_identities(subject, lambda data: _is_same(data, task))
+    distractors = {DISTRACTOR} if task.dataset.layout == "market-1501" else set()
+    try:
+        return divide_unseen(task.dataset.tracklets, known, distractors=distractors)
+    except DatasetError as error:
+        raise EvaluationError(f"{subject.name} on {task.dataset.root}: {error}") from error
 
 
 def find_subjects(source: Path, listener: EvaluationListener) -> list[Subject]:
@@ -325,10 +391,23 @@ def _known(
     subject: Subject, split: Split, counts: Callable[[Mapping[str, Any]], bool]
 ) -> tuple[str, ...]:
     """Tested identities whose names occur in those of its trainings that count."""
-    trained: set[str] = set()
-    for data in filter(counts, subject.trainings):
-        trained |= _identities(data)
+    trained = _trained_identities(subject, counts)
     return tuple(sorted({one.identity for one in split.query} & trained, key=natural_key))
+
+
+def _trained_identities(subject: Subject, counts: Callable[[Mapping[str, Any]], bool]) -> set[str]:
+    """Everybody in those of its trainings that count."""
+    return set().union(*(_identities(data) for data in filter(counts, subject.trainings)))
+
+
+def _trained_parts(data: object) -> list[Mapping[str, Any]]:
+    """The data of one training; of a mix, those of each part."""
+    if not isinstance(data, Mapping):
+        return []
+    parts = data.get("parts")
+    if not isinstance(parts, list) or not parts:
+        return [data]
+    return [one for one in parts if isinstance(one, Mapping)]
 
 
 def _identities(data: Mapping[str, Any]) -> set[str]:
@@ -373,7 +452,7 @@ def _own_split(subject: Subject, dataset: Dataset) -> Split:
     raise EvaluationError(
         f"expected the split that {subject.name} was trained on ({name!r}, {source}), got a data "
         f"set whose splits are {dataset.splits[0].source}; give the run's {PRODUCT} itself to "
-        "evaluate it on other data, or the same --split-seed as in training"
+        f"evaluate it on other data, --splits {UNSEEN}, or the same --split-seed as in training"
     )
 
 
@@ -385,8 +464,9 @@ def _plan_unit(task: EvaluationTask, subject: Subject, split: Split, frame_seed:
             f"{subject.name} was trained on {len(seen)} of the "
             f"{len({one.identity for one in split.query})} identities that split {split.name} "
             f"tests ({', '.join(seen[:3])}{', ...' if len(seen) > 3 else ''}): expected people it "
-            "has never seen. Give its run folder to evaluate the split it was trained on, choose "
-            "others with --splits, or say --allow-seen, and the results will say so, too"
+            f"has never seen. Say --splits {UNSEEN} to test all of those, give its run folder to "
+            "evaluate the split it was trained on, choose others with --splits, or say "
+            "--allow-seen, and the results will say so, too"
         )
     drawn = frame_seed if task.options.choice.frames == "random" else None
     trained = subject.data.get("seed")

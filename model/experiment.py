@@ -1,20 +1,30 @@
 """From a recipe and a folder of tracklets to the runs of an experiment: one a split and seed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.checkpoint import IMAGENET, Checkpoint
+from model.checkpoint import IMAGENET, Checkpoint, make_checkpoint
 from model.datasets.checking import check_dataset
 from model.datasets.findings import shorten
-from model.datasets.layouts import fingerprint_dataset, read_dataset
+from model.datasets.layouts import fingerprint_dataset, fingerprint_parts, read_dataset
+from model.datasets.mixed import MixedDataset
 from model.datasets.tracklets import Dataset, Split
-from model.distillation import TeacherEmbeddings, cache_embeddings, load_teacher
+from model.distillation import (
+    START,
+    DistillationConfig,
+    Teacher,
+    TeacherEmbeddings,
+    cache_embeddings,
+    load_teacher,
+    teach_by_checkpoint,
+)
 from model.embedder import Embedder
-from model.errors import TrainingError
+from model.errors import TeacherError, TrainingError
 from model.evaluation import ClipChoice, evaluate_split, resolve_protocol
 from model.evaluation_plan import read_choice
-from model.recipe import Recipe
+from model.learner import start_network
+from model.recipe import RANDOM_START, Recipe
 from model.runs import RunFolder, describe_split
 from model.training import Job, Listener
 
@@ -27,11 +37,13 @@ class Experiment:
         recipe: How to train.
         dataset: On what.
         fingerprint: Of the data set.
+        parts: Layout and fingerprint of each part of a mix, by its name.
     """
 
     recipe: Recipe
     dataset: Dataset
     fingerprint: str
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def plan_experiment(recipe: Recipe, root: Path, *, split_seed: int = 0) -> Experiment:
@@ -46,9 +58,19 @@ def plan_experiment(recipe: Recipe, root: Path, *, split_seed: int = 0) -> Exper
         DatasetError: The folder is not laid out as the recipe says.
     """
     dataset = read_dataset(
-        root, recipe.data.layout, seed=split_seed, prid_subset=recipe.data.prid_subset
+        root,
+        recipe.data.layout,
+        seed=split_seed,
+        prid_subset=recipe.data.prid_subset,
+        test_share=recipe.data.test_share,
     )
-    return Experiment(recipe, dataset, fingerprint_dataset(dataset))
+    parts: dict[str, dict[str, str]] = {}
+    if isinstance(dataset, MixedDataset):
+        parts = {
+            name: {"layout": dataset.parts[name].layout, "fingerprint": fingerprint}
+            for name, fingerprint in fingerprint_parts(dataset).items()
+        }
+    return Experiment(recipe, dataset, fingerprint_dataset(dataset), parts)
 
 
 def tell_oddities(experiment: Experiment, listener: Listener) -> None:
@@ -110,7 +132,10 @@ def make_job(
     if recipe.start == IMAGENET:
         listener.said("start: torchvision's ImageNet weights, downloaded unless cached")
     data = describe_split(
-        split, layout=experiment.dataset.layout, fingerprint=experiment.fingerprint
+        split,
+        layout=experiment.dataset.layout,
+        fingerprint=experiment.fingerprint,
+        parts=experiment.parts,
     )
     return Job(
         recipe,
@@ -119,7 +144,7 @@ def make_job(
         seed=seed,
         device=device,
         teacher=teacher,
-        measure=_Measure(experiment, split, device),
+        measure=_Measure(experiment, split, device) if split.query else None,
         save_every_s=save_every_s,
     )
 
@@ -141,32 +166,65 @@ def ask_teacher(
     config = experiment.recipe.distillation
     if config is None:
         return None
-    teacher = load_teacher(
-        config.teacher,
-        channels=config.channels,
-        scale=config.scale,
-        mean=config.mean,
-        std=config.std,
-    )
+    teacher = _find_teacher(experiment.recipe, config)
+    if config.views > 1 and len(splits) > 1:
+        raise TrainingError(
+            f"expected one split at a time with distillation.views, whose looks borrow from all "
+            f"training frames, got {len(splits)}"
+        )
     cache = Path(config.cache) if config.cache else folder
     frames = sorted({path for split in splits for one in split.train for path in one.frames})
     listener.said(f"the teacher's embeddings of {len(frames)} frames are kept in {cache}")
-    return cache_embeddings(teacher, frames, cache, listener.loaded)
+    return cache_embeddings(teacher, frames, cache, listener.loaded, views=config.views)
+
+
+def _find_teacher(recipe: Recipe, config: DistillationConfig) -> Teacher:
+    if config.teacher != START:
+        return load_teacher(
+            config.teacher,
+            channels=config.channels,
+            scale=config.scale,
+            mean=config.mean,
+            std=config.std,
+            precision=config.precision,
+        )
+    if recipe.start == RANDOM_START:
+        raise TeacherError('expected weights to begin with, for the teacher "start", got random')
+    network, _ = start_network(recipe, seed=0)
+    return teach_by_checkpoint(make_checkpoint(network, recipe.preprocessing))
 
 
 @dataclass(frozen=True, slots=True)
 class _Measure:
-    """Evaluates a checkpoint on a split's test identities, as `passerby evaluate` does."""
+    """Evaluates a checkpoint on a split's test identities, as `passerby evaluate` does.
+
+    Of a mix, each part that tests anybody is measured alone, by its own protocol: its cameras never
+    saw the people of another.
+    """
 
     experiment: Experiment
     split: Split
     device: str
 
     def __call__(self, checkpoint: Checkpoint) -> Mapping[str, float]:
+        embedder = Embedder(checkpoint, device=self.device)
+        dataset = self.experiment.dataset
+        if not isinstance(dataset, MixedDataset):
+            return self._evaluate(embedder, self.split, dataset.layout)
+        return {
+            f"{name}/{measure}": value
+            for name, split in dataset.part_splits(self.split).items()
+            if split.query
+            for measure, value in self._evaluate(
+                embedder, split, dataset.parts[name].layout
+            ).items()
+        }
+
+    def _evaluate(self, embedder: Embedder, split: Split, layout: str) -> dict[str, float]:
         measures = evaluate_split(
-            Embedder(checkpoint, device=self.device),
-            self.split,
-            protocol=resolve_protocol(self.experiment.dataset.layout),
+            embedder,
+            split,
+            protocol=resolve_protocol(layout),
             choice=ClipChoice("even", self.experiment.recipe.monitor.frames),
         )
         return {

@@ -237,18 +237,46 @@ class RunFolder:
             ) from error
 
 
-def describe_split(split: Split, *, layout: str, fingerprint: str) -> dict[str, Any]:
-    """What a run and its checkpoint say about their data."""
-    return {
+def describe_split(
+    split: Split,
+    *,
+    layout: str,
+    fingerprint: str,
+    parts: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Any]:
+    """What a run and its checkpoint say about their data.
+
+    Args:
+        split: What is trained on.
+        layout: Of the data set.
+        fingerprint: Of the data set.
+        parts: Layout and fingerprint of each part of a mix, by its name. Whom it trains is then
+            said of each part by the names that they have there, so that the part, evaluated alone,
+            is known again.
+    """
+    identities = list(identity_labels(split.train))
+    described = {
         "layout": layout,
         "fingerprint": fingerprint,
         "split": split.name,
         "source": split.source,
-        "train_identities": list(identity_labels(split.train)),
+        "train_identities": identities,
         "train_tracklets": len(split.train),
         "query_tracklets": len(split.query),
         "gallery_tracklets": len(split.gallery),
     }
+    if parts:
+        described["parts"] = [
+            {
+                "name": name,
+                **known,
+                "train_identities": [
+                    one.removeprefix(f"{name}/") for one in identities if one.startswith(f"{name}/")
+                ],
+            }
+            for name, known in parts.items()
+        ]
+    return described
 
 
 def versions() -> dict[str, str | int]:

@@ -21,7 +21,8 @@ from PIL import Image, UnidentifiedImageError
 
 from model.datasets.findings import Finding, Severity, Survey, place, shorten
 from model.datasets.ilids_vid import absent_ilids_vid
-from model.datasets.layouts import Layout, fingerprint_dataset, split_survey, survey_dataset
+from model.datasets.layouts import Layout, divide_survey, fingerprint_dataset, survey_dataset
+from model.datasets.mixed import MixedSurvey, prefix_findings
 from model.datasets.prid2011 import absent_prid2011
 from model.datasets.splits import cameras_of
 from model.datasets.tracklets import Dataset, Split, Tracklet, natural_key
@@ -29,7 +30,7 @@ from model.errors import DatasetError
 
 SMALLEST = 8  # pixels a side; below, a person is no longer a picture
 # Numbers in the names of Market-1501 count frames of the film, so they jump.
-_SPARSE: tuple[Layout, ...] = ("market-1501",)
+_SPARSE = frozenset({"market-1501"})
 _AT_A_TIME = 1024  # frames handed to the threads at once, of up to a million
 # What Pillow's decoders raise on damaged files.
 _UNREADABLE = (
@@ -157,22 +158,16 @@ def check_dataset(
     """
     survey, layout = survey_dataset(root, layout)
     findings = list(survey.findings)
-    splits: tuple[Split, ...] = ()
+    dataset: Dataset | None = None
     try:
-        splits = split_survey(survey, layout, seed=0, splits=10, prid_subset="178")
+        dataset = divide_survey(survey, layout, seed=0, splits=10, prid_subset="178", test_share={})
     except DatasetError as error:
         findings.append(Finding("error", ".", str(error)))
-    findings += _check_named(survey, layout)
-    findings += _check_identities(survey)
-    findings += _check_cameras(survey)
-    findings += _check_lengths(survey, layout)
-    if layout not in _SPARSE:
-        findings += _check_numbers(survey)
+    findings += _check_names(survey, layout)
     findings += _check_frames(survey, decode=decode, progress=progress)
     order = {"error": 0, "warning": 1, "note": 2}
     findings.sort(key=lambda finding: order[finding.severity])  # stable: the rest as found
-    usable = splits and all(finding.severity != "error" for finding in findings)
-    dataset = Dataset(layout, survey.root, survey.tracklets, splits)
+    usable = all(finding.severity != "error" for finding in findings)
     lengths = [len(one.frames) for one in survey.tracklets]
     return DataReport(
         layout=layout,
@@ -184,9 +179,9 @@ def check_dataset(
         frames_min=min(lengths, default=0),
         frames_mean=sum(lengths) / max(1, len(lengths)),
         frames_max=max(lengths, default=0),
-        splits=tuple(SplitCounts.of(split) for split in splits),
+        splits=tuple(SplitCounts.of(split) for split in dataset.splits) if dataset else (),
         findings=tuple(findings),
-        fingerprint=fingerprint_dataset(dataset) if usable else None,
+        fingerprint=fingerprint_dataset(dataset) if dataset and usable else None,
         decoded=decode,
     )
 
@@ -195,7 +190,21 @@ def _label(one: Tracklet) -> str:
     return "/".join(part for part in (one.identity, one.camera, one.name) if part)
 
 
-def _check_named(survey: Survey, layout: Layout) -> Iterator[Finding]:
+def _check_names(survey: Survey, layout: str) -> Iterator[Finding]:
+    """What shows without opening a frame; in a mix, part by part, as each would be alone."""
+    if isinstance(survey, MixedSurvey):
+        for name, part in survey.parts.items():
+            yield from prefix_findings(name, _check_names(part.survey, part.layout))
+        return
+    yield from _check_named(survey, layout)
+    yield from _check_identities(survey)
+    yield from _check_cameras(survey)
+    yield from _check_lengths(survey, layout)
+    if layout not in _SPARSE:
+        yield from _check_numbers(survey)
+
+
+def _check_named(survey: Survey, layout: str) -> Iterator[Finding]:
     """Everybody whom a split file names in vain; the error of dividing names only a few."""
     absent = {"ilids-vid": absent_ilids_vid, "prid-2011": absent_prid2011}.get(layout)
     for identity in absent(survey) if absent else ():
@@ -230,7 +239,7 @@ def _check_cameras(survey: Survey) -> Iterator[Finding]:
             yield Finding(severity, where, what)
 
 
-def _check_lengths(survey: Survey, layout: Layout) -> Iterator[Finding]:
+def _check_lengths(survey: Survey, layout: str) -> Iterator[Finding]:
     severity: Severity = "note" if layout in _SPARSE else "warning"
     for one in survey.tracklets:
         if len(one.frames) == 1 and one.identity not in survey.distractors:
@@ -276,7 +285,7 @@ def _check_frames(survey: Survey, *, decode: bool, progress: Progress | None) ->
         if look.problem:
             small = look.problem.startswith("under")
             severity: Severity = "warning" if small else "error"
-            yield Finding(severity, place(frame, survey.root), look.problem)
+            yield Finding(severity, _place(frame, survey), look.problem)
         elif look.digest and (earlier := first.setdefault(look.digest, one)) is not one:
             repeats[_label(one), _label(earlier)] += 1
         if progress is not None:
@@ -284,6 +293,15 @@ def _check_frames(survey: Survey, *, decode: bool, progress: Progress | None) ->
     for (label, earlier_label), count in repeats.items():
         where = f"{label} ({count} of {earlier_label})"
         yield Finding("warning", where, "frames that another tracklet holds, too")
+
+
+def _place(frame: Path, survey: Survey) -> str:
+    """Name a frame; in a mix, whose parts may lie anywhere, by part."""
+    if isinstance(survey, MixedSurvey):
+        for name, part in survey.parts.items():
+            if frame.is_relative_to(part.survey.root):
+                return f"{name}/{place(frame, part.survey.root)}"
+    return place(frame, survey.root)
 
 
 def _in_threads(look: Callable[[Path], _Look], frames: Sequence[Path]) -> Iterator[_Look]:

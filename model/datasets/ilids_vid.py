@@ -13,6 +13,7 @@ from typing import Any
 from model.datasets.findings import Finding, Survey, expect_count, place
 from model.datasets.folder import survey_cameras
 from model.datasets.splits import (
+    TEST_SHARE,
     Names,
     absent_persons,
     cameras_of,
@@ -23,6 +24,7 @@ from model.datasets.splits import (
     random_halves,
     read_json,
     read_matrix,
+    refuse_share,
     sort_tracklets,
 )
 from model.datasets.tracklets import Split, Tracklet, natural_key
@@ -88,16 +90,19 @@ def _check_mean(tracklets: Sequence[Tracklet]) -> list[Finding]:
     return [Finding("warning", ".", f"{what}: half-copied?")]
 
 
-def split_ilids_vid(survey: Survey, *, seed: int, splits: int) -> tuple[Split, ...]:
+def split_ilids_vid(
+    survey: Survey, *, seed: int, splits: int, test_share: float | None = None
+) -> tuple[Split, ...]:
     """Divide by the split file where there is one, else into seeded halves.
 
     Args:
         survey: Of `survey_ilids_vid`.
         seed: Of random halves.
         splits: How many random halves; a file says itself how many there are.
+        test_share: How many identities random halves test; None for a half.
 
     Raises:
-        DatasetError: The file does not fit the folder, or cannot be read.
+        DatasetError: The file does not fit the folder, cannot be read, or would test another share.
     """
     query, gallery = CAMERAS
     path = _split_file(survey.root)
@@ -109,7 +114,9 @@ def split_ilids_vid(survey: Survey, *, seed: int, splits: int) -> tuple[Split, .
             remark=f" (no {MATLAB_FILE} or {JSON_FILE})",
             query_camera=query,
             gallery_camera=gallery,
+            test_share=TEST_SHARE if test_share is None else test_share,
         )
+    refuse_share(test_share, path.name)
     cameras = cameras_of(survey.tracklets)
     divisions = _read_divisions(path, list(cameras), survey.root)
     check_division(divisions, in_both(survey.tracklets), file=path.name, root=survey.root)

@@ -16,9 +16,11 @@ from pathlib import Path
 from model.datasets.findings import Finding, Survey, expect_count, place
 from model.datasets.folder import contents
 from model.datasets.splits import (
+    TEST_SHARE,
     check_parts,
     divide_parts,
     random_halves,
+    refuse_share,
     sort_tracklets,
 )
 from model.datasets.tracklets import Split, Tracklet
@@ -54,6 +56,11 @@ def find_market1501(root: Path) -> Path | None:
     return root if any(_NAME.fullmatch(image.name) for image in images) else None
 
 
+def is_plain(base: Path) -> bool:
+    """Whether a folder holds crops without the published three folders."""
+    return not any((base / name).is_dir() for name in FOLDERS)
+
+
 def survey_market1501(root: Path) -> Survey:
     """Make tracklets of the crops, and say what is missing.
 
@@ -65,7 +72,7 @@ def survey_market1501(root: Path) -> Survey:
     """
     base = find_market1501(root) or root
     findings: list[Finding] = []
-    if not any((base / name).is_dir() for name in FOLDERS):
+    if is_plain(base):
         crops = _read_crops(base, base, findings)
         if not crops.tracklets:
             findings.append(Finding("error", ".", f"no crops, and no {TRAIN}, {QUERY} or {TEST}"))
@@ -93,11 +100,20 @@ def survey_market1501(root: Path) -> Survey:
     return Survey(base, every, tuple(findings), frozenset({DISTRACTOR}), published)
 
 
-def split_market1501(survey: Survey, *, seed: int, splits: int) -> tuple[Split, ...]:
+def split_market1501(
+    survey: Survey, *, seed: int, splits: int, test_share: float | None = None
+) -> tuple[Split, ...]:
     """Take the published division, or seeded halves of a plain folder of crops.
 
+    Args:
+        survey: Of `survey_market1501`.
+        seed: Of random halves.
+        splits: How many random halves.
+        test_share: How many identities they test; None for a half.
+
     Raises:
-        DatasetError: Two cameras saw too few identities, or there is no query.
+        DatasetError: Two cameras saw too few identities, there is no query, or a published
+            division would test another share.
     """
     if survey.published is None:
         return random_halves(
@@ -106,7 +122,9 @@ def split_market1501(survey: Survey, *, seed: int, splits: int) -> tuple[Split, 
             splits=splits,
             remark=f" (no {TRAIN}, {QUERY} and {TEST})",
             distractors=survey.distractors,
+            test_share=TEST_SHARE if test_share is None else test_share,
         )
+    refuse_share(test_share, f"{TRAIN}, {QUERY} and {TEST}")
     check_parts(survey.published)
     return (survey.published,)
 

@@ -28,6 +28,7 @@ from model.datasets.splits import (
     check_parts,
     divide_parts,
     read_matrix,
+    refuse_share,
     sort_tracklets,
 )
 from model.datasets.tracklets import Split, Tracklet
@@ -94,12 +95,14 @@ def survey_mars(root: Path, *, seed: int = 0) -> Survey:
     return _survey_by_name(reading, seed)
 
 
-def split_mars(survey: Survey) -> tuple[Split, ...]:
+def split_mars(survey: Survey, *, test_share: float | None = None) -> tuple[Split, ...]:
     """Take the one division there is.
 
     Raises:
-        DatasetError: Two cameras saw too few identities, or there is no query.
+        DatasetError: Two cameras saw too few identities, there is no query, or another share of
+            the identities was to be tested.
     """
+    refuse_share(test_share, f"{TRAIN} and {TEST}")
     if survey.published is None:
         raise DatasetError(f"expected {TRAIN} and {TEST} in {survey.root}, got no division")
     check_parts(survey.published)

@@ -15,6 +15,7 @@ from typing import Literal
 from model.datasets.findings import Finding, Survey, expect_count
 from model.datasets.folder import survey_cameras
 from model.datasets.splits import (
+    TEST_SHARE,
     Names,
     absent_persons,
     check_division,
@@ -23,6 +24,7 @@ from model.datasets.splits import (
     parse_names,
     random_halves,
     read_json,
+    refuse_share,
     sort_tracklets,
 )
 from model.datasets.tracklets import Split, Tracklet
@@ -97,7 +99,14 @@ def _check_lengths(tracklets: Sequence[Tracklet], named: Collection[str]) -> Ite
             yield Finding("warning", where, f"{what}: half-copied?")
 
 
-def split_prid2011(survey: Survey, *, seed: int, splits: int, subset: Subset) -> tuple[Split, ...]:
+def split_prid2011(
+    survey: Survey,
+    *,
+    seed: int,
+    splits: int,
+    subset: Subset,
+    test_share: float | None = None,
+) -> tuple[Split, ...]:
     """Divide by the split file, or the 200 persons into seeded halves.
 
     Args:
@@ -106,9 +115,10 @@ def split_prid2011(survey: Survey, *, seed: int, splits: int, subset: Subset) ->
         splits: How many random halves; the file says itself how many there are.
         subset: "178" follows the file, and takes random halves where it is absent. "all200" always
             takes random halves, because the file does not know the other 22 persons.
+        test_share: How many identities random halves test; None for a half.
 
     Raises:
-        DatasetError: The file does not fit the folder, or cannot be read.
+        DatasetError: The file does not fit the folder, cannot be read, or would test another share.
     """
     query, gallery = CAMERAS
     path = _split_file(survey.root)
@@ -120,7 +130,9 @@ def split_prid2011(survey: Survey, *, seed: int, splits: int, subset: Subset) ->
             remark=" (all200)" if subset == "all200" else f" (no {JSON_FILE})",
             query_camera=query,
             gallery_camera=gallery,
+            test_share=TEST_SHARE if test_share is None else test_share,
         )
+    refuse_share(test_share, path.name)
     divisions = parse_names(read_json(path), path)
     check_division(divisions, in_both(survey.tracklets), file=path.name, root=survey.root)
     published = len(divisions) == 10 and all(

@@ -5,6 +5,7 @@ or refused; it is never repaired.
 """
 
 import json
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,6 +22,10 @@ from model.errors import DatasetError
 
 # Distinguishes these draws from others with the same seed.
 STREAM = 11
+# Name of the split of whomever a checkpoint was not trained on; others have numbers.
+UNSEEN = "unseen"
+# Of identities, where nothing else is asked for.
+TEST_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,7 @@ def random_halves(
     query_camera: str | None = None,
     gallery_camera: str | None = None,
     distractors: Collection[str] = (),
+    test_share: float = TEST_SHARE,
 ) -> tuple[Split, ...]:
     """Divide the identities that at least two cameras saw into halves, by a seed.
 
@@ -142,22 +148,26 @@ def random_halves(
         query_camera: See `divide`.
         gallery_camera: See `divide`.
         distractors: Identities that are no person.
+        test_share: How many of the identities are tested instead of a half, in [0, 1), rounded.
+            Where it is 0, nobody is, and the gallery is empty.
 
     Raises:
-        DatasetError: Fewer than two identities were seen by two cameras.
-        ValueError: ``seed`` or ``splits`` is out of range.
+        DatasetError: Fewer than two identities were seen by two cameras, or of so few the share
+            leaves nobody to test or to train with.
+        ValueError: ``seed``, ``splits`` or ``test_share`` is out of range.
     """
     if seed < 0 or splits < 1:
         raise ValueError(f"expected seed >= 0 and splits >= 1, got {seed} and {splits}")
     cameras = cameras_of(one for one in tracklets if one.identity not in distractors)
     usable = [identity for identity, seen in cameras.items() if len(seen) > 1]
     check_usable(cameras)
-    bystanders = {one.identity for one in tracklets} - set(usable)
-    source = f"random half of {len(usable)} identities, seed {seed}{remark}"
+    tested = _count_tested(len(usable), test_share)
+    bystanders = {one.identity for one in tracklets} - set(usable) if tested else set()
+    source = f"{_describe_draw(len(usable), tested, test_share, seed)}{remark}"
     drawn = []
     for number in range(splits):
         order = np.random.default_rng([seed, STREAM, number]).permutation(len(usable)).tolist()
-        train = {usable[place] for place in order[: len(usable) // 2]}
+        train = {usable[place] for place in order[: len(usable) - tested]}
         test = [identity for identity in usable if identity not in train]
         drawn.append(
             divide(
@@ -171,6 +181,74 @@ def random_halves(
             )
         )
     return tuple(drawn)
+
+
+def divide_unseen(
+    tracklets: Sequence[Tracklet], known: Collection[str], *, distractors: Collection[str] = ()
+) -> Split:
+    """Test everybody whom at least two cameras saw and nobody was trained on.
+
+    As in `random_halves`, the others whom nobody was trained on are bystanders of the gallery.
+
+    Args:
+        tracklets: All there are, sorted.
+        known: Identities that were trained on.
+        distractors: Identities that are no person.
+
+    Raises:
+        DatasetError: Fewer than two identities are left to test.
+    """
+    cameras = cameras_of(one for one in tracklets if one.identity not in distractors)
+    unseen = {name: seen for name, seen in cameras.items() if name not in known}
+    usable = [name for name, seen in unseen.items() if len(seen) > 1]
+    if len(usable) < 2:
+        raise DatasetError(
+            "expected at least 2 identities that at least two cameras saw and that were not "
+            f"trained on, got {len(usable)} of {len(cameras):,} identities"
+        )
+    return divide(
+        tracklets,
+        Names(tuple(name for name in cameras if name in known), tuple(usable)),
+        name=UNSEEN,
+        source=f"the {len(usable)} identities that the checkpoint was not trained on",
+        bystanders={one.identity for one in tracklets} - set(usable) - set(known),
+    )
+
+
+def refuse_share(test_share: float | None, file: str) -> None:
+    """Refuse to change how many are tested where that is published.
+
+    Args:
+        test_share: What was asked for; None where nothing was.
+        file: What states the division.
+
+    Raises:
+        DatasetError: Something was asked for.
+    """
+    if test_share is not None:
+        raise DatasetError(
+            f"expected the division of {file} as it is, got a test share of {test_share:g}"
+        )
+
+
+def _count_tested(usable: int, share: float) -> int:
+    if not 0 <= share < 1:
+        raise ValueError(f"test_share: expected a share in [0, 1), got {share}")
+    tested = math.floor(share * usable + 0.5)
+    if share and not 0 < tested < usable:
+        raise DatasetError(
+            f"expected a test share that leaves somebody to test and somebody to train with, got "
+            f"{share:g} of {usable} identities, which is {tested}"
+        )
+    return tested
+
+
+def _describe_draw(usable: int, tested: int, share: float, seed: int) -> str:
+    if share == TEST_SHARE:
+        return f"random half of {usable} identities, seed {seed}"
+    if not tested:
+        return f"all {usable} identities train (test share 0)"
+    return f"random {tested} of {usable} identities tested (test share {share:g}), seed {seed}"
 
 
 def check_usable(cameras: Mapping[str, Sequence[str]]) -> None:

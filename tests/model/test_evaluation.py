@@ -721,6 +721,103 @@ def test_a_run_on_a_split_that_is_not_here_is_refused(task: EvaluationTask, tmp_
         evaluate(replace(task, source=tmp_path / "run"))
 
 
+def unseen(task: EvaluationTask, source: Path, **changes: Any) -> EvaluationTask:
+    return replace(task, source=source, splits=["unseen"], **changes)
+
+
+@pytest.mark.parametrize("is_run", [False, True])
+def test_everybody_whom_a_checkpoint_was_not_trained_on_is_tested(
+    task: EvaluationTask, tmp_path: Path, is_run: bool
+) -> None:
+    save_run(tmp_path / "run", task.dataset.splits[0])
+    source = tmp_path / "run" / ("" if is_run else "model.safetensors")
+
+    results = evaluate(unseen(task, source))
+    as_split = evaluate(replace(task, source=source, splits=["0"], output=tmp_path / "as-split"))
+
+    [unit] = results["units"]
+    assert (unit["split"], unit["seen_identities"], unit["queries"]) == ("unseen", 0, 8)
+    assert unit["source"] == "the 4 identities that the checkpoint was not trained on"
+    assert results["mean"] == as_split["mean"]
+
+
+def test_whom_the_start_of_a_checkpoint_saw_is_not_unseen(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    first, second = task.dataset.splits
+    start = {"data": {**trained_on(second)["data"], "train_identities": ["p4", "p5"]}}
+    save_run(tmp_path / "run", first, start=start)
+
+    [unit] = plan_units(unseen(task, tmp_path / "run"))
+
+    assert {one.identity for one in unit.split.query} == {"p6", "p7"}
+
+
+def test_of_other_data_everybody_is_unseen(task: EvaluationTask, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", task.dataset.splits[0])
+    heard = Counter()
+
+    [unit] = plan_units(unseen(task, tmp_path / "run", fingerprint="data-ffffffffffff"), heard)
+
+    assert len({one.identity for one in unit.split.query}) == 8
+    assert heard.lines == [f"note: {describe_namesakes(4)}"]
+
+
+def test_crops_of_a_benchmark_are_unseen_by_name_wherever_they_lie(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    data = trained_on(task.dataset.splits[0])["data"] | {"layout": "market-1501"}
+    save_run(tmp_path / "run", task.dataset.splits[0], data=data)
+    crops = replace(task.dataset, layout="market-1501")
+
+    [unit] = plan_units(
+        unseen(task, tmp_path / "run", dataset=crops, fingerprint="data-ffffffffffff")
+    )
+
+    assert {one.identity for one in unit.split.query} == {"p4", "p5", "p6", "p7"}
+
+
+def test_runs_trained_on_other_people_are_not_averaged_over_the_unseen(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    first, second = task.dataset.splits
+    save_run(tmp_path / "runs" / "a", first)
+    save_run(tmp_path / "runs" / "b", first, seed=1)
+
+    units = plan_units(unseen(task, tmp_path / "runs"))
+    save_run(tmp_path / "runs" / "c", second)
+
+    assert [unit.seed for unit in units] == [0, 1]
+    with pytest.raises(EvaluationError, match=r"trained on the same people.* in c than in a"):
+        plan_units(unseen(task, tmp_path / "runs"))
+
+
+def test_unseen_people_are_refused_where_a_protocol_names_who_is_tested(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    market = replace(task.dataset, layout="market-1501", root=tmp_path)
+    (tmp_path / "query").mkdir()
+
+    for dataset in (replace(task.dataset, layout="mars"), market):
+        with pytest.raises(EvaluationError, match=r"expected a folder .*, got m.*\(0, 1\)"):
+            plan_units(unseen(task, task.source, dataset=dataset))
+
+
+def test_unseen_people_are_refused_beside_other_splits(task: EvaluationTask) -> None:
+    with pytest.raises(EvaluationError, match="expected 'unseen' without other splits"):
+        plan_units(replace(task, splits=["0", "unseen"]))
+
+
+def test_a_checkpoint_that_knows_everybody_has_nobody_unseen(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    everybody = replace(task.dataset.splits[0], train=task.dataset.tracklets)
+    save_run(tmp_path / "run", everybody)
+
+    with pytest.raises(EvaluationError, match=r"run on .*not trained on, got 0 of 8 identities"):
+        plan_units(unseen(task, tmp_path / "run"))
+
+
 def missing_file(path: Path) -> Path:
     return path / "none.safetensors"
 

@@ -54,12 +54,19 @@ def fill_market(root: Path) -> None:
         touch(root, *(f"{person:04d}_c{at}s1_00{at}051_01.jpg" for at in (1, 2, 3)))
 
 
+def fill_mixed(root: Path) -> None:
+    fill_folder(root / "people")
+    fill_prid(root / "prid")
+    fill_market(root / "crops")
+
+
 FILL: dict[str, Fill] = {
     "folder": fill_folder,
     "ilids-vid": fill_ilids,
     "prid-2011": fill_prid,
     "mars": fill_mars,
     "market-1501": fill_market,
+    "mixed": fill_mixed,
 }
 every_layout = pytest.mark.parametrize(("layout", "fill"), FILL.items(), ids=list(FILL))
 

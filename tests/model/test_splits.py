@@ -12,6 +12,7 @@ from model.datasets.splits import (
     check_usable,
     divide,
     divide_parts,
+    divide_unseen,
     drop_singles,
     parse_names,
     random_halves,
@@ -70,6 +71,73 @@ def test_random_halves_depend_on_seed_and_number_alone() -> None:
     assert len({split.train for split in ten}) == 10
     assert [split.name for split in ten] == [str(number) for number in range(10)]
     assert {split.source for split in ten} == {"random half of 20 identities, seed 3"}
+
+
+def test_a_half_is_drawn_as_it_always_was() -> None:
+    """Runs find their splits again by names alone: noted before shares could be asked for."""
+    drawn = random_halves(people(7), seed=3, splits=2)
+
+    assert [names_in(split.train) for split in drawn] == [{"p3", "p6", "p7"}, {"p1", "p2", "p5"}]
+    assert drawn == random_halves(people(7), seed=3, splits=2, test_share=0.5)
+
+
+@pytest.mark.parametrize(("share", "tested"), [(0.1, 3), (0.25, 8), (0.34, 10), (0.9, 27)])
+def test_a_share_of_the_identities_is_tested_and_said(share: float, tested: int) -> None:
+    for split in random_halves(people(30), seed=0, splits=3, test_share=share):
+        assert len(names_in(split.query)) == tested
+        assert len(names_in(split.train)) == 30 - tested
+        assert not names_in(split.query) & names_in(split.train)
+        assert split.source == (
+            f"random {tested} of 30 identities tested (test share {share}), seed 0"
+        )
+
+
+def test_a_smaller_share_tests_some_of_those_of_a_larger_one() -> None:
+    few, many = (
+        random_halves(people(30), seed=0, splits=1, test_share=share) for share in (0.1, 0.4)
+    )
+
+    assert names_in(few[0].query) < names_in(many[0].query)
+
+
+def test_of_a_share_of_nothing_everybody_trains_and_the_gallery_is_empty() -> None:
+    tracklets = sort_tracklets([*people(4), *seen("lonely", "c1")])
+
+    [split] = random_halves(tracklets, seed=0, splits=1, test_share=0.0)
+
+    assert names_in(split.train) == {"p1", "p2", "p3", "p4"}
+    assert (split.query, split.gallery) == ((), ())
+    assert split.source == "all 4 identities train (test share 0)"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"test_share: expected a share in \[0, 1\)"):
+        random_halves(people(4), seed=0, splits=1, test_share=share)
+
+
+@pytest.mark.parametrize(("share", "tested"), [(0.1, 0), (0.9, 4)])
+def test_a_share_that_leaves_nobody_on_a_side_is_refused(share: float, tested: int) -> None:
+    with pytest.raises(DatasetError, match=f"got {share} of 4 identities, which is {tested}"):
+        random_halves(people(4), seed=0, splits=1, test_share=share)
+
+
+def test_whoever_was_not_trained_on_asks_and_answers_beside_bystanders() -> None:
+    lonely, drawn = seen("lonely", "c1"), seen("0000", "c1", "c2")
+    tracklets = sort_tracklets([*people(5), *lonely, *drawn])
+
+    split = divide_unseen(tracklets, {"p1", "p4", "somebody else"}, distractors={"0000"})
+
+    assert names_in(split.query) == {"p2", "p3", "p5"}
+    assert names_in(split.gallery) == {"p2", "p3", "p5", "lonely", "0000"}
+    assert names_in(split.train) == {"p1", "p4"}
+    assert split.name == "unseen"
+    assert split.source == "the 3 identities that the checkpoint was not trained on"
+
+
+def test_fewer_than_two_who_were_not_trained_on_are_refused() -> None:
+    with pytest.raises(DatasetError, match="not trained on, got 1 of 4 identities"):
+        divide_unseen(people(4), {"p1", "p2", "p3"})
 
 
 def test_who_was_seen_by_one_camera_only_stands_in_every_gallery() -> None:
