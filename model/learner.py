@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.checkpoint import (
     IMAGENET,
     backbone_checkpoint,
+    find_checkpoint,
     is_checkpoint,
     load_checkpoint,
 )
@@ -88,16 +89,21 @@ def start_network(recipe: Recipe, seed: int) -> tuple[TrackletNet, dict[str, Any
 
     Args:
         recipe: Says where its weights come from.
-        seed: Of random weights.
+        seed: Of random weights: all, or those that the given ones do not have.
 
     Raises:
         CheckpointError: The weights cannot be had, or belong to another architecture.
     """
+    with torch.random.fork_rng(devices=[]):
+        # Also around given weights: a head that they do not have is drawn.
+        torch.manual_seed(seed)
+        return _start_network(recipe, seed)
+
+
+def _start_network(recipe: Recipe, seed: int) -> tuple[TrackletNet, dict[str, Any]]:
     if recipe.start == RANDOM_START:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return TrackletNet(recipe.network), {"weights": RANDOM_START, "seed": seed}
-    path = Path(recipe.start)
+        return TrackletNet(recipe.network), {"weights": RANDOM_START, "seed": seed}
+    path = find_checkpoint(recipe.start)
     if recipe.start != IMAGENET and is_checkpoint(path):
         given = load_checkpoint(path)
         # What its weights were trained on goes on to count as seen.
@@ -124,6 +130,8 @@ def _adopt(given: TrackletNet, config: NetworkConfig, path: Path) -> TrackletNet
         )
     network = TrackletNet(config)
     network.backbone.load_state_dict(given.backbone.state_dict())
-    if config.neck and given.config.neck:
+    if config.head and config.head == given.config.head:
+        network.head.load_state_dict(given.head.state_dict())
+    if config.neck and given.config.neck and network.dim == given.dim:
         network.neck.load_state_dict(given.neck.state_dict())
     return network
