@@ -27,6 +27,9 @@ from model.network import NetworkConfig, TrackletNet
 
 FORMAT = "passerby-checkpoint-1"
 IMAGENET = "IMAGENET1K_V1"
+BUNDLED = "bundled"
+"""The word for the checkpoint that comes with Passerby, wherever the path of one may stand."""
+BUNDLED_FILE = Path(__file__).parent.parent / "weights" / "passerby.safetensors"
 StoredPrecision = Literal["fp32", "fp16"]
 
 
@@ -68,7 +71,7 @@ def fingerprint(
         if tensor.is_floating_point():
             tensor = tensor.float()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        digest.update(np.ascontiguousarray(tensor.numpy()).ravel().data)
     return f"trsa-{digest.hexdigest()[:12]}"
 
 
@@ -87,13 +90,32 @@ def make_checkpoint(
 def untrained_checkpoint(seed: int = 0, config: NetworkConfig | None = None) -> Checkpoint:
     """A network that nobody trained: seeded random weights, the same on every run.
 
-    It finds people by rough colour and layout at best. It is what runs until a trained checkpoint
-    is given.
+    It finds people by rough colour and layout at best.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = TrackletNet(config)
     return make_checkpoint(network, provenance={"weights": "untrained", "seed": seed})
+
+
+def find_checkpoint(given: str | Path) -> Path:
+    """Resolve the word ``bundled``; any other path is returned as it is.
+
+    Args:
+        given: A path, or the word. A file of that very name is meant by ``./bundled``, as a string.
+
+    Raises:
+        CheckpointError: The word was given, and the file that came with Passerby is gone.
+    """
+    if str(given) != BUNDLED:
+        return Path(given)
+    if not BUNDLED_FILE.is_file():
+        raise CheckpointError(
+            f"expected the weights that come with Passerby, got nothing at {BUNDLED_FILE}; restore "
+            "the file from the repository, or name a checkpoint of your own (`passerby serve` also "
+            "takes `--weights untrained`)"
+        )
+    return BUNDLED_FILE
 
 
 def backbone_checkpoint(source: str | Path, config: NetworkConfig | None = None) -> Checkpoint:
@@ -195,7 +217,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         config = NetworkConfig(**json.loads(header["network"]))
         preprocessing = _preprocessing(json.loads(header["preprocessing"]))
         provenance = json.loads(header["provenance"])
-        state = load_file(path)
+        # Copies: one counter that stayed a view would keep the whole file mapped, and a file that
+        # is then overwritten in place ends the process.
+        state = {
+            name: tensor.to(torch.float32, copy=True)
+            if tensor.is_floating_point()
+            else tensor.clone()
+            for name, tensor in load_file(path).items()
+        }
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"expected a checkpoint, could not read {path}: {reason(error)}"
@@ -208,10 +237,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} is damaged: expected fingerprint {header.get('fingerprint')}, got {name}"
         )
-    state = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
     network.load_state_dict(state, assign=True)
     network.eval()
     return Checkpoint(network, preprocessing, name, provenance)
+
+
+def without_people(provenance: Any) -> Any:
+    """Provenance with a count in place of the names of those who were trained on.
+
+    A checkpoint keeps the names, so that `passerby evaluate` can tell who is unseen. Whoever asks a
+    service what it runs need not learn them.
+    """
+    if isinstance(provenance, Mapping):
+        return {
+            name: len(value)
+            if name == "train_identities" and isinstance(value, list)
+            else without_people(value)
+            for name, value in provenance.items()
+        }
+    return (
+        [without_people(one) for one in provenance] if isinstance(provenance, list) else provenance
+    )
 
 
 def _preprocessing(values: dict[str, Any]) -> Preprocessing:
@@ -226,7 +272,7 @@ def _named(config: NetworkConfig) -> dict[str, Any]:
     that it knows under the names that it knows.
     """
     values, default = asdict(config), asdict(NetworkConfig())
-    later = ("backbone", "neck")
+    later = ("backbone", "neck", "head", "temporal", "unit")
     return {n: v for n, v in values.items() if n not in later or v != default[n]}
 
 
@@ -276,11 +322,17 @@ def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], wh
             problems.append(
                 f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
             )
-        elif state[name].is_floating_point() and not state[name].isfinite().all():
+        elif state[name].is_floating_point() and not _is_finite(state[name]):
             problems.append(f"{name} holds NaN or infinity")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"expected {what}: {'; '.join(problems[:3])}{more}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Ten times faster than isfinite() over every value; a NaN is both the least and the greatest.
+    least, greatest = tensor.aminmax()
+    return bool(least.isfinite() and greatest.isfinite())
 
 
 def _download_imagenet() -> dict[str, Tensor]:

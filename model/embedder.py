@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, without_people
 from model.errors import DeviceError, InvalidFramesError
 from model.frames import Clip, normalise
 
@@ -75,20 +75,29 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["fp3
     return "bf16" if native else "fp32"
 
 
-def fold_batch_norm(backbone: nn.Sequential) -> nn.Sequential:
-    """A copy of a backbone in eval mode, with each batch normalisation folded into its convolution.
+def fold_batch_norm(
+    backbone: nn.Sequential, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> nn.Sequential:
+    """A copy of a backbone, with each batch normalisation folded into its convolution.
 
     The result is the same up to rounding: both are affine, so their product is one convolution.
+
+    Args:
+        backbone: In eval mode.
+        device: Of the folded convolutions; theirs where None.
+        dtype: Likewise.
     """
-    folded = copy.deepcopy(backbone).eval()
-    for module in list(folded.modules()):
-        children = list(module.named_children())
-        for (conv_name, conv), (norm_name, norm) in pairwise(children):
+    # Folded and converted one by one, and only then copied around them: no weight is held twice on
+    # the way. The last stage, whose convolutions are the largest, goes first, while least is held.
+    instead: dict[int, Any] = {}
+    for parent in reversed(list(backbone.modules())):
+        for conv, norm in pairwise(parent.children()):
             # In torchvision's ResNet a normalisation always follows its convolution by name order.
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, nn.Identity())
-    return folded
+                folded = fuse_conv_bn_eval(conv, norm)
+                instead[id(conv)] = folded.to(device, dtype).to(memory_format=torch.channels_last)
+                instead[id(norm)] = nn.Identity()
+    return copy.deepcopy(backbone, instead)
 
 
 class Embedder:
@@ -124,10 +133,13 @@ class Embedder:
         # A shallow copy with its own backbone: the checkpoint's network stays as it was.
         self._network = copy.copy(checkpoint.network)
         self._network._modules = dict(checkpoint.network._modules)
-        backbone = fold_batch_norm(checkpoint.network.backbone)
-        backbone = backbone.to(self.device, DTYPES[self.precision])
+        dtype = DTYPES[self.precision]
+        backbone = fold_batch_norm(checkpoint.network.backbone, self.device, dtype)
+        backbone = backbone.to(self.device, dtype)
         self._network.backbone = backbone.to(memory_format=torch.channels_last)
-        self._network.neck = copy.deepcopy(checkpoint.network.neck).eval().to(self.device)
+        for name in ("head", "neck"):
+            part = copy.deepcopy(getattr(checkpoint.network, name)).eval().to(self.device)
+            setattr(self._network, name, part)
 
     def describe(self) -> dict[str, Any]:
         """The model as a JSON object: fingerprint, configuration, where and how it runs."""
@@ -136,7 +148,7 @@ class Embedder:
             "dim": self.dim,
             "network": asdict(self._network.config),
             "preprocessing": asdict(self.preprocessing),
-            "provenance": self._provenance,
+            "provenance": without_people(self._provenance),
             "device": str(self.device),
             "precision": self.precision,
         }
@@ -168,7 +180,7 @@ class Embedder:
         results, start = [], 0
         for clip in clips:
             stop = start + len(clip)
-            embedding = frames[start:stop].mean(dim=0)  # TAP
+            embedding = self._network.embed_tracklets(frames[None, start:stop])[0]
             maps = attention[start:stop].numpy() if with_attention else None
             results.append(TrackletEmbedding(embedding.numpy(), maps))
             start = stop

@@ -20,8 +20,11 @@ from model.errors import InvalidFramesError
 
 Attention = Literal["softmax", "mean", "l1", "none"]
 Pool = Literal["sum", "mean"]
+Temporal = Literal["mean", "agreement"]
 Backbone = Literal["resnet50", "conv5"]
 EMBEDDING_DIM = {"resnet50": 2048, "conv5": 256}
+# Length below which an embedding counts as zero: it has no direction that could be compared.
+TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,14 @@ class NetworkConfig:
         neck: Whether embeddings pass a batch normalisation without bias ("BNNeck"). In training
             only the classifier sees its output; an embedding that is served or evaluated is
             the normalised one. Not in the paper.
+        head: Length of the embeddings, made by a linear layer from the pooled features; 0 for the
+            pooled features themselves, as in the paper. A head lets embeddings take signs, which
+            a teacher's have and pooled features have not.
+        temporal: "mean" is the paper's temporal average. "agreement" trusts a frame as far as
+            others look like it, see `pool_frames`; what it helps is in docs/pooling.md. Not in
+            the paper.
+        unit: Whether a tracklet embedding that is served or evaluated has length 1, so that
+            Euclidean distance and cosine rank alike. A zero vector stays zero. Not in the paper.
     """
 
     attention: Attention = "softmax"
@@ -46,6 +57,9 @@ class NetworkConfig:
     pool: Pool = "sum"
     backbone: Backbone = "resnet50"
     neck: bool = False
+    head: int = 0
+    temporal: Temporal = "mean"
+    unit: bool = False
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(Attention):
@@ -54,6 +68,10 @@ class NetworkConfig:
             raise ValueError(f"pool: expected {get_args(Pool)}, got {self.pool!r}")
         if self.backbone not in get_args(Backbone):
             raise ValueError(f"backbone: expected {get_args(Backbone)}, got {self.backbone!r}")
+        if self.temporal not in get_args(Temporal):
+            raise ValueError(f"temporal: expected {get_args(Temporal)}, got {self.temporal!r}")
+        if self.head < 0:
+            raise ValueError(f"head: expected a length, or 0 for none, got {self.head}")
         if isinstance(self.temperature, str):
             positive = self.temperature == "std"
         else:
@@ -191,12 +209,25 @@ def pool_cells(features: Tensor, attention: Tensor, pool: Pool = "sum") -> Tenso
         return pooled / cells.shape[2] if pool == "mean" else pooled
 
 
-def pool_frames(frames: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Temporal average pooling (TAP) over the frames that exist.
+def pool_frames(frames: Tensor, mask: Tensor | None = None, temporal: Temporal = "mean") -> Tensor:
+    """Pool the frames that exist over time.
+
+    "mean" is the paper's temporal average pooling (TAP). "agreement" weighs frames by how far
+    others agree with them, as the spatial attention weighs cells: a softmax without parameters
+    whose temperature is the deviation of its own input.
+
+        s(i, j) = cos(f_i, f_j),    p = softmax of s / std(s) over all pairs i != j
+        w_i = sum_j p(i, j),        v = sum_i w_i f_i
+
+    The scale of embeddings does not matter, nor whether all of them are much alike, as those of
+    non-negative features are. Strangers agree with nobody, so a few frames of one person outweigh
+    many of different ones; frames of one stranger agree with each other, and where they are the
+    most they win. One or two frames are averaged.
 
     Args:
         frames: Frame embeddings, (B, T, D).
         mask: (B, T) bool, True where a frame exists; all exist where None.
+        temporal: See above.
 
     Returns:
         Tracklet embeddings, (B, D).
@@ -205,24 +236,78 @@ def pool_frames(frames: Tensor, mask: Tensor | None = None) -> Tensor:
         InvalidFramesError: The mask has another shape, or a tracklet has no frame.
     """
     if mask is None:
-        return frames.mean(dim=1)
+        if temporal == "mean":
+            return frames.mean(dim=1)
+        mask = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
     if mask.shape != frames.shape[:2]:
         raise InvalidFramesError(
             f"expected a mask {tuple(frames.shape[:2])}, got {tuple(mask.shape)}"
         )
     if not torch.compiler.is_compiling() and not mask.any(dim=1).all():
         raise InvalidFramesError("expected at least one frame in each tracklet, got one with none")
-    weight = mask.to(frames.dtype).unsqueeze(2)  # (B, T, 1)
     # where, not a product: a padded frame may hold NaN, and NaN * 0 is NaN.
     kept = torch.where(mask.unsqueeze(2), frames, torch.zeros_like(frames))
+    if temporal == "agreement":
+        return _weigh(kept, frame_agreement(kept, mask))
+    weight = mask.to(frames.dtype).unsqueeze(2)  # (B, T, 1)
     return kept.sum(dim=1) / weight.sum(dim=1)
+
+
+def _weigh(frames: Tensor, weights: Tensor) -> Tensor:
+    with torch.autocast(frames.device.type, enabled=False):
+        return torch.bmm(weights.to(frames.dtype).unsqueeze(1), frames).squeeze(1)  # (B, D)
+
+
+def frame_agreement(frames: Tensor, mask: Tensor) -> Tensor:
+    """How far each frame is to be trusted: the weights w of `pool_frames`.
+
+    Args:
+        frames: Frame embeddings, (B, T, D), finite also where none exists.
+        mask: (B, T) bool, True where a frame exists, at least once in each row.
+
+    Returns:
+        Weights, (B, T) float32, non-negative, of sum 1 in each row; 0 where no frame exists.
+    """
+    with torch.autocast(frames.device.type, enabled=False):
+        directions = unit_length(frames.float())  # (B, T, D)
+        similarity = torch.bmm(directions, directions.transpose(1, 2))  # (B, T, T)
+        place = torch.arange(frames.shape[1], device=frames.device)
+        exist = mask.unsqueeze(2) & mask.unsqueeze(1)
+        pairs = exist & (place.unsqueeze(1) != place)  # (B, T, T)
+        logits = _standardise(similarity, pairs).flatten(1)  # (B, T*T)
+        share = logits.softmax(dim=1).view_as(similarity).sum(dim=2)  # (B, T)
+        share = share * mask
+        return share / share.sum(dim=1, keepdim=True)
+
+
+def _standardise(values: Tensor, chosen: Tensor) -> Tensor:
+    """Z-scores among the chosen of (B, T, T) values; the least finite number for the others.
+
+    It is finite so that a row without any, a tracklet of one frame, has a softmax all the same.
+    """
+    count = chosen.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+    mean = torch.where(chosen, values, 0.0).sum(dim=(1, 2), keepdim=True) / count
+    centred = torch.where(chosen, values - mean, 0.0)
+    variance = centred.square().sum(dim=(1, 2), keepdim=True) / count
+    # Below, similarities differ by rounding alone. It clamps before the root, whose slope at 0
+    # is infinite.
+    scores = centred / variance.clamp_min(1e-12).sqrt()
+    return torch.where(chosen, scores, torch.finfo(scores.dtype).min)
+
+
+def unit_length(embeddings: Tensor) -> Tensor:
+    """Scale embeddings (..., D) to length 1; a zero vector stays zero, with a gradient of zero."""
+    length = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
+    is_zero = length <= TINY  # and not "> TINY" turned round: NaN must stay NaN
+    safe = torch.where(is_zero, torch.ones_like(length), length)
+    return torch.where(is_zero, torch.zeros_like(embeddings), embeddings / safe)
 
 
 class Encoded(NamedTuple):
     """Everything that training wants to know of a batch of clips.
 
     Args:
-        embeddings: Tracklet embeddings before any neck, (B, D) float32.
+        embeddings: Tracklet embeddings before any neck, (B, D) float32, of any length.
         frames: Frame embeddings before any neck, (B, T, D) float32.
         attention: (B, T, H, W) float32, each map sums to 1.
     """
@@ -246,9 +331,14 @@ class TrackletNet(nn.Module):
     def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
         self.config = config or NetworkConfig()
-        self.dim = EMBEDDING_DIM[self.config.backbone]
+        channels = EMBEDDING_DIM[self.config.backbone]
+        self.dim = self.config.head or channels
         self.backbone = build_backbone(self.config.backbone)
         self.attention = SpatialAttention(self.config.temperature, self.config.attention)
+        self.head: nn.Module = nn.Identity()
+        if self.config.head:
+            # Without a bias a frame without features has an embedding without length.
+            self.head = nn.Linear(channels, self.dim, bias=False)
         self.neck: nn.Module = nn.Identity()
         if self.config.neck:
             self.neck = nn.BatchNorm1d(self.dim)
@@ -264,13 +354,18 @@ class TrackletNet(nn.Module):
             Frame embeddings (N, D) float32 and attention (N, H, W) float32.
         """
         embeddings, attention = self._pool(frames)  # (N, D), (N, H, W)
-        # In eval mode the neck is affine, so it may as well stand before the temporal average.
+        # In eval mode the neck is affine, so it may as well stand before the temporal average;
+        # agreement is then that of the embeddings that are compared.
         return embeddings if self.training else self.neck(embeddings), attention
 
     def _pool(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         features = self.backbone(frames)  # (N, D, H, W); ResNet-50: (N, 2048, height/16, width/16)
         attention = self.attention(features)  # (N, H, W)
-        return pool_cells(features, attention, self.config.pool), attention
+        pooled = pool_cells(features, attention, self.config.pool)  # (N, channels)
+        if self.config.head:  # torch.export cannot save a region in which nothing is computed
+            with torch.autocast(frames.device.type, enabled=False):
+                pooled = self.head(pooled)  # (N, D)
+        return pooled, attention
 
     def encode(self, clips: Tensor, mask: Tensor | None = None) -> Encoded:
         """Encode clips for training: all that the losses see, before any neck.
@@ -287,7 +382,24 @@ class TrackletNet(nn.Module):
         per_tracklet = clips.shape[:2]
         frames = frames.view(*per_tracklet, -1)  # (B, T, D)
         attention = attention.view(*per_tracklet, *attention.shape[1:])  # (B, T, H, W)
-        return Encoded(pool_frames(frames, mask), frames, attention)
+        return Encoded(pool_frames(frames, mask, self.config.temporal), frames, attention)
+
+    def embed_tracklets(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Make tracklet embeddings of frame embeddings, as the configuration says.
+
+        Args:
+            frames: (B, T, D), of `embed_frames`.
+            mask: (B, T) bool, True where a frame exists; all exist where None.
+
+        Returns:
+            (B, D); of length 1 in eval mode where the configuration says so.
+
+        Raises:
+            InvalidFramesError: The mask has another shape, or a tracklet has no frame.
+        """
+        embeddings = pool_frames(frames, mask, self.config.temporal)
+        is_unit = self.config.unit and not self.training
+        return unit_length(embeddings) if is_unit else embeddings
 
     @overload
     def forward(self, clips: Tensor, mask: Tensor | None = None) -> Tensor: ...
@@ -320,7 +432,7 @@ class TrackletNet(nn.Module):
         _check_clips(clips)
         frames, attention = self.embed_frames(clips.flatten(0, 1))  # (B*T, D), (B*T, H, W)
         per_tracklet = clips.shape[:2]
-        embeddings = pool_frames(frames.view(*per_tracklet, -1), mask)  # (B, D)
+        embeddings = self.embed_tracklets(frames.view(*per_tracklet, -1), mask)  # (B, D)
         if return_attention:
             return embeddings, attention.view(*per_tracklet, *attention.shape[1:])  # (B, T, H, W)
         return embeddings

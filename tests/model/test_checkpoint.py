@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint import (
     Checkpoint,
     backbone_checkpoint,
+    fingerprint,
     load_checkpoint,
     make_checkpoint,
     save_checkpoint,
@@ -103,6 +105,30 @@ def test_everything_that_shapes_an_embedding_changes_the_fingerprint(
     assert make_checkpoint(checkpoint.network, provenance={"x": 1}).fingerprint in names
     assert base.fingerprint.startswith("trsa-")
     assert len(base.fingerprint) == len("trsa-") + 12
+
+
+def test_what_came_later_names_a_model_only_where_it_is_used() -> None:
+    """The literal is of the weights below before there was a head, a temporal or a unit."""
+    state = {"backbone.conv1.weight": torch.arange(4.0)}
+
+    def name(**config: Any) -> str:
+        return fingerprint(state, NetworkConfig(**config), Preprocessing())
+
+    assert name() == name(head=0, temporal="mean", unit=False) == "trsa-a13cff5b9c8d"
+    assert len({name(), name(head=8), name(temporal="agreement"), name(unit=True)}) == 4
+
+
+def test_a_head_a_pooling_and_unit_length_come_back_with_the_file(tmp_path: Path) -> None:
+    config = NetworkConfig(backbone="conv5", head=8, temporal="agreement", unit=True)
+    saved = save_checkpoint(untrained_checkpoint(0, config), tmp_path / "net.safetensors")
+
+    loaded = load_checkpoint(tmp_path / "net.safetensors")
+
+    assert loaded.network.config == config
+    assert loaded.fingerprint == saved.fingerprint
+    assert loaded.network.dim == 8
+    pixels = torch.randn(1, 3, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.network(pixels), saved.network(pixels))
 
 
 def test_damage_is_noticed(checkpoint: Checkpoint, tmp_path: Path) -> None:

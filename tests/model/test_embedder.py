@@ -11,6 +11,7 @@ from model.checkpoint import Checkpoint, make_checkpoint, untrained_checkpoint
 from model.embedder import Embedder, Precision, choose_device, choose_precision, fold_batch_norm
 from model.errors import DeviceError, InvalidFramesError
 from model.frames import Clip, Preprocessing, normalise, read_clip
+from model.network import NetworkConfig, TrackletNet
 
 SIZE = Preprocessing(height=64, width=32)
 
@@ -56,6 +57,49 @@ def test_it_gives_what_the_network_gives(checkpoint: Checkpoint) -> None:
     assert result.embedding.dtype == np.float32
     assert result.attention is None
     assert relative(result.embedding, network_says(checkpoint, pixels)) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def with_everything() -> Checkpoint:
+    """A small network with a head, a neck that does something, agreement, and unit embeddings."""
+    config = NetworkConfig(backbone="conv5", head=24, neck=True, temporal="agreement", unit=True)
+    network = untrained_checkpoint(seed=0, config=config).network
+    generator = torch.Generator().manual_seed(0)
+    assert isinstance(network.neck, torch.nn.BatchNorm1d)
+    network.neck.weight.data.copy_(0.5 + torch.rand(24, generator=generator))
+    network.neck.running_mean.copy_(0.1 * torch.randn(24, generator=generator))  # type: ignore[union-attr]
+    return make_checkpoint(network, SIZE)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_it_has_the_head_the_pooling_and_the_length_of_the_network(
+    with_everything: Checkpoint, frames: int
+) -> None:
+    pixels = clip(frames)
+    embedder = Embedder(with_everything, device="cpu", precision="fp32")
+
+    [result, _] = embedder.embed([pixels, clip(3, seed=1)])
+
+    assert embedder.dim == 24
+    assert result.embedding.shape == (24,)
+    assert result.embedding.min() < 0
+    assert np.linalg.norm(result.embedding) == pytest.approx(1, abs=1e-6)
+    assert relative(result.embedding, network_says(with_everything, pixels)) < 1e-5
+
+
+def test_a_head_stays_in_float32_beside_a_bf16_backbone(with_everything: Checkpoint) -> None:
+    pixels = clip(4)
+    [exact] = Embedder(with_everything, device="cpu", precision="fp32").embed([pixels])
+    [rough] = Embedder(with_everything, device="cpu", precision="bf16").embed([pixels])
+
+    assert rough.embedding.dtype == np.float32
+    assert relative(rough.embedding, exact.embedding) < 5e-2
+
+
+def test_its_description_says_how_frames_are_pooled(with_everything: Checkpoint) -> None:
+    said = Embedder(with_everything, device="cpu", precision="fp32").describe()["network"]
+
+    assert (said["temporal"], said["unit"], said["head"]) == ("agreement", True, 24)
 
 
 def test_the_checkpoints_network_stays_as_it_was(checkpoint: Checkpoint) -> None:
@@ -185,3 +229,18 @@ def test_a_gpu_embeds_like_the_cpu(
 
     for ours, theirs in zip(on_gpu, on_cpu, strict=True):
         assert relative(ours.embedding, theirs.embedding) < tolerance
+
+
+def test_a_description_counts_those_who_were_trained_on() -> None:
+    """Their names stay in the checkpoint: they may be those of people."""
+    data = {"split": "0", "train_identities": ["anna", "ben"]}
+    provenance = {"data": {"parts": [data]}, "start": {"data": data}, "steps": 5}
+    checkpoint = make_checkpoint(
+        TrackletNet(NetworkConfig(backbone="conv5")), provenance=provenance
+    )
+
+    told = Embedder(checkpoint, device="cpu").describe()["provenance"]
+
+    counted = {"split": "0", "train_identities": 2}
+    assert told == {"data": {"parts": [counted]}, "start": {"data": counted}, "steps": 5}
+    assert checkpoint.provenance == provenance

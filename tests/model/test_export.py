@@ -40,6 +40,7 @@ EXAMPLES = re.findall(
     (ROOT / "docs" / "export.md").read_text("utf-8"),
     re.MULTILINE | re.DOTALL,
 )
+EVERYTHING = {"head": 24, "temporal": "agreement", "unit": True, "neck": True}
 Run = Callable[[Tensor, Tensor], NDArray[np.float32]]
 
 
@@ -209,6 +210,31 @@ def test_a_network_with_a_neck_is_exported_with_it(suffix: str, tmp_path: Path) 
     load = with_torch if suffix == ".pt2" else with_onnxruntime
     without = network_says(make(), pixels, mask)
     assert relative_difference(load(path)(pixels, mask), without) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("suffix", "config"),
+    [
+        pytest.param(".onnx", EVERYTHING, marks=needs_onnx),
+        (".pt2", EVERYTHING),
+        (".pt2", {"head": 24}),
+        (".pt2", {"temporal": "agreement", "unit": True}),
+    ],
+)
+def test_a_head_a_pooling_and_unit_length_are_exported(
+    suffix: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """For any number of frames, one alone among them, and with padding that is no number."""
+    network, path = make(**config), tmp_path / f"network{suffix}"
+
+    assert export_checkpoint(network, path).difference <= TOLERANCE
+
+    run = with_torch(path) if suffix == ".pt2" else with_onnxruntime(path)
+    pixels, mask = clips(3, 6)
+    mask[1, 1:], mask[2, 4:] = False, False
+    pixels[~mask] = torch.nan
+    expected = network_says(network, pixels, mask)
+    assert relative_difference(run(pixels, mask), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("attention", ["mean", "l1", "none"])

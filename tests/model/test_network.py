@@ -1,6 +1,7 @@
 """Eq. 1-3 and the temporal average, against closed forms (paper/review.md, 3.8, tests 1 to 5)."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from model.network import (
     SpatialAttention,
     TrackletNet,
     build_backbone,
+    frame_agreement,
     pool_cells,
     pool_frames,
+    unit_length,
 )
 
 READINGS = [
@@ -237,3 +240,232 @@ def test_a_gradient_reaches_every_parameter() -> None:
     network(clips(tracklets=2, frames=2)).square().mean().backward()
 
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def small(**config: object) -> TrackletNet:
+    """A seeded small network in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TrackletNet(NetworkConfig(backbone="conv5", **config)).eval()  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def crowd() -> torch.Tensor:
+    """Frame embeddings (3, 7, 16) with a common direction, as those of one network have."""
+    return torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def slow_agreement(frames: torch.Tensor) -> torch.Tensor:
+    """The weights of one tracklet's frames (T, D), pair by pair."""
+    pairs = [(i, j) for i in range(len(frames)) for j in range(len(frames)) if i != j]
+    similarity = [float(torch.cosine_similarity(frames[i], frames[j], dim=0)) for i, j in pairs]
+    mean = sum(similarity) / len(pairs)
+    deviation = math.sqrt(sum((one - mean) ** 2 for one in similarity) / len(pairs))
+    terms = [math.exp(one / deviation) for one in similarity]
+    weights = torch.zeros(len(frames))
+    for (first, _), term in zip(pairs, terms, strict=True):
+        weights[first] += term / sum(terms)
+    return weights
+
+
+def test_two_frames_that_agree_outweigh_a_third() -> None:
+    """Cosines of 1, 0 and 0 have z-scores of 2 and -1 over root 2; e^(3 / root 2) is 8.3418."""
+    frames = torch.tensor([[[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]]])
+    ratio = math.exp(3 / math.sqrt(2))
+
+    weights = frame_agreement(frames, torch.ones(1, 3, dtype=torch.bool))
+
+    whole = 2 * ratio + 4
+    expected = torch.tensor([[(ratio + 1) / whole, (ratio + 1) / whole, 2 / whole]])
+    torch.testing.assert_close(weights, expected)
+    pooled = pool_frames(frames, temporal="agreement")
+    torch.testing.assert_close(pooled, (expected.unsqueeze(2) * frames).sum(1))
+
+
+def test_agreement_is_a_softmax_over_pairs(crowd: torch.Tensor) -> None:
+    weights = frame_agreement(crowd, torch.ones(3, 7, dtype=torch.bool))
+
+    for row, frames in zip(weights, crowd, strict=True):
+        torch.testing.assert_close(row, slow_agreement(frames), rtol=1e-4, atol=1e-6)
+
+
+def test_four_frames_of_one_person_outweigh_eleven_of_strangers() -> None:
+    """12 of 210 ordered pairs agree: e^(1 / deviation) is 74.5 for a weight of 0.86 in all."""
+    frames = torch.eye(16)[:15].unsqueeze(0)
+    frames[0, :4] = torch.eye(16)[15]
+
+    weights = frame_agreement(frames, torch.ones(1, 15, dtype=torch.bool))
+
+    share = 12 / 210
+    agreed = math.exp(1 / math.sqrt(share * (1 - share)))
+    expected = (12 * agreed + 4 * 11) / (12 * agreed + 198)
+    assert weights[0, :4].sum().item() == pytest.approx(expected, rel=1e-4)
+    assert expected == pytest.approx(0.859, abs=1e-3)
+
+
+@pytest.mark.parametrize("temporal", ["mean", "agreement"])
+def test_either_pooling_ignores_order_and_padding_and_follows_scale(
+    temporal: Literal["mean", "agreement"], crowd: torch.Tensor
+) -> None:
+    pooled = pool_frames(crowd, temporal=temporal)
+    padded = torch.cat([crowd, torch.full((3, 2, 16), float("nan"))], dim=1)
+    mask = torch.tensor([[True] * 7 + [False] * 2] * 3)
+
+    torch.testing.assert_close(pool_frames(crowd.flip(1), temporal=temporal), pooled)
+    torch.testing.assert_close(pool_frames(padded, mask, temporal), pooled)
+    torch.testing.assert_close(pool_frames(1e-3 * crowd, temporal=temporal), 1e-3 * pooled)
+    torch.testing.assert_close(pool_frames(crowd[1:2], temporal=temporal), pooled[1:2])
+
+
+def test_frames_that_are_much_alike_are_told_apart_as_others_are() -> None:
+    """A direction that all frames share shifts every cosine, and z-scores do not see it."""
+    own = torch.eye(16)[:6]
+    own[1] = own[0]
+
+    def weights(shared: float) -> torch.Tensor:
+        frames = torch.cat([own, torch.full((6, 1), shared)], dim=1).unsqueeze(0)
+        return frame_agreement(frames, torch.ones(1, 6, dtype=torch.bool))
+
+    torch.testing.assert_close(weights(10.0), weights(0.0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_agreement_of_one_or_two_frames_is_their_average(count: int, crowd: torch.Tensor) -> None:
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[:, 1 : 1 + count] = True
+
+    pooled = pool_frames(crowd, mask, "agreement")
+
+    torch.testing.assert_close(pooled, crowd[:, 1 : 1 + count].mean(1))
+
+
+def test_agreement_of_equal_frames_is_that_frame(crowd: torch.Tensor) -> None:
+    equal = crowd[:, :1].repeat(1, 5, 1)
+
+    torch.testing.assert_close(pool_frames(equal, temporal="agreement"), crowd[:, 0])
+
+
+@pytest.mark.parametrize("case", ["different", "equal", "zero", "some zero", "nearly equal"])
+def test_agreement_has_a_finite_gradient(case: str, crowd: torch.Tensor) -> None:
+    frames = crowd.clone()
+    if case == "equal":
+        frames = frames[:, :1].repeat(1, 7, 1)
+    elif case == "nearly equal":
+        frames = frames[:, :1] + 1e-6 * frames
+    elif "zero" in case:
+        frames[:, 3 if case == "some zero" else 0 :] = 0
+    frames.requires_grad_()
+    mask = torch.tensor([[True] * 7, [True] + [False] * 6, [True] * 3 + [False] * 4])
+
+    pool_frames(frames, mask, "agreement").square().sum().backward()  # type: ignore[no-untyped-call]
+
+    assert frames.grad is not None
+    assert frames.grad.isfinite().all()
+    assert frames.grad.abs().max() < 100
+    assert frames.grad[~mask].abs().max() == 0
+
+
+def test_the_gradient_of_agreement_is_that_of_differences() -> None:
+    frames = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    frames.requires_grad_()
+    # Weights are float32 by intention, so differences are no finer than that.
+    assert torch.autograd.gradcheck(
+        lambda one: pool_frames(one, temporal="agreement"), frames, eps=1e-3, atol=1e-2
+    )
+
+
+def test_agreement_is_computed_in_float32_under_autocast(crowd: torch.Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = pool_frames(crowd, temporal="agreement")
+
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, pool_frames(crowd, temporal="agreement"))
+
+
+def test_unit_length_leaves_zero_alone() -> None:
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+
+    made = unit_length(vectors)
+    made.sum().backward()  # type: ignore[no-untyped-call]
+
+    torch.testing.assert_close(made, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+    assert vectors.grad is not None
+    assert vectors.grad.isfinite().all()
+
+
+def test_what_is_no_number_does_not_become_one(crowd: torch.Tensor) -> None:
+    """A broken network must show, whatever is made of its frames."""
+    crowd[1, 2, 3] = float("nan")
+
+    pooled = unit_length(pool_frames(crowd, temporal="agreement"))
+
+    assert pooled[1].isnan().all()
+    assert pooled[[0, 2]].isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_unit_network_scales_what_it_serves_and_not_what_it_trains() -> None:
+    """After the neck, so that distances and cosines of what is served rank alike."""
+    pixels = clips(tracklets=3, frames=2)
+    plain, unit = small(neck=True, head=8), small(neck=True, head=8, unit=True)
+
+    served = unit(pixels)
+
+    torch.testing.assert_close(served, torch.nn.functional.normalize(plain(pixels)))
+    assert torch.equal(unit.encode(pixels).embeddings, plain.encode(pixels).embeddings)
+    assert torch.equal(unit.train()(pixels), plain.train()(pixels))
+
+
+@torch.inference_mode()
+def test_a_network_pools_as_its_configuration_says_in_training_and_in_service() -> None:
+    pixels, network = clips(tracklets=2, frames=5), small(temporal="agreement")
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+
+    encoded = network.encode(pixels, mask)
+
+    expected = pool_frames(encoded.frames, mask, "agreement")
+    assert torch.equal(encoded.embeddings, expected)
+    torch.testing.assert_close(network(pixels, mask), expected)
+    assert not torch.allclose(expected, pool_frames(encoded.frames, mask))
+
+
+@torch.inference_mode()
+def test_a_head_sets_the_length_of_embeddings_and_lets_them_take_signs() -> None:
+    pixels = clips(tracklets=2, frames=3)
+    network, headless = small(head=24), small()
+
+    encoded = network.encode(pixels)
+
+    assert network.dim == 24
+    assert encoded.embeddings.shape == network(pixels).shape == (2, 24)
+    assert encoded.frames.shape == (2, 3, 24)
+    assert encoded.frames.min() < 0 <= headless.encode(pixels).frames.min()
+    # It is linear and without bias, so it may stand before or after the average.
+    after = network.head(headless_like(network).encode(pixels).embeddings)
+    torch.testing.assert_close(encoded.embeddings, after, rtol=1e-4, atol=1e-5)
+
+
+def headless_like(network: TrackletNet) -> TrackletNet:
+    """The same backbone without its head."""
+    other = small()
+    other.backbone.load_state_dict(network.backbone.state_dict())
+    return other
+
+
+def test_a_head_computes_in_float32_under_autocast_and_learns() -> None:
+    network = small(head=8).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        encoded = network.encode(clips(tracklets=2, frames=2))
+
+    encoded.embeddings.square().sum().backward()  # type: ignore[no-untyped-call]
+
+    assert encoded.frames.dtype == torch.float32
+    assert isinstance(network.head, torch.nn.Linear)
+    assert network.head.weight.grad is not None
+    assert network.head.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("config", [{"temporal": "median"}, {"head": -1}])
+def test_an_unknown_pooling_or_a_negative_length_is_refused(config: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        NetworkConfig(**config)  # type: ignore[arg-type]
