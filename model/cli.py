@@ -11,6 +11,7 @@ from rich.progress import Progress
 from model.checkpoint import (
     StoredPrecision,
     backbone_checkpoint,
+    find_checkpoint,
     load_checkpoint,
     save_checkpoint,
     untrained_checkpoint,
@@ -73,7 +74,7 @@ def init(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint to export.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint to export, or bundled.")],
     output: Annotated[Path, typer.Argument(help="File to write, .onnx or .pt2.")],
     file_format: Annotated[
         Literal["onnx", "torch"] | None,
@@ -83,7 +84,7 @@ def export(
     """Write a checkpoint's network for other runtimes, checked against it."""
     from model.export import export_checkpoint  # it imports much that no other command needs
 
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(find_checkpoint(checkpoint))
     with _console.status("exporting and checking"):
         exported = export_checkpoint(loaded, output, file_format)
     shapes = ", ".join(f"{batch}x{frames}" for batch, frames in exported.shapes)
@@ -97,7 +98,7 @@ def export(
 def check_data(
     data: Annotated[Path, typer.Argument(help="Folder of a data set.")],
     layout: Annotated[
-        Literal["auto", "folder", "ilids-vid", "prid-2011", "mars", "market-1501"],
+        Literal["auto", "folder", "ilids-vid", "prid-2011", "mars", "market-1501", "mixed"],
         typer.Option(help="How it is laid out; auto recognises it."),
     ] = "auto",
     no_decode: Annotated[
@@ -218,8 +219,13 @@ def train(
     split_seed: Annotated[int, typer.Option(min=0, help="Of random halves.")] = 0,
     start: Annotated[
         str | None,
-        # Two names, because torchrun takes --start for one of its own.
-        typer.Option("--start", "--weights", help="To begin with, instead of the recipe's."),
+        # Several names, because torchrun takes --start for one of its own.
+        typer.Option(
+            "--start",
+            "--init",
+            "--weights",
+            help="To begin with, instead of the recipe's; bundled for what comes with Passerby.",
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
@@ -251,8 +257,8 @@ def evaluate(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint; a run folder, evaluated on the split it was trained on; or a "
-            "folder of run folders, each on its own."
+            help="A checkpoint; bundled, for the one that comes with Passerby; a run folder, "
+            "evaluated on the split it was trained on; or a folder of run folders, each on its own."
         ),
     ],
     data: Annotated[Path, typer.Option(help="Folder of the data set.")],
@@ -261,7 +267,12 @@ def evaluate(
         typer.Option(help="How the data lie on disk."),
     ] = "auto",
     splits: Annotated[
-        str | None, typer.Option(help="Which: 0, 0,3 or 0-9. All without it.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Which: 0, 0,3 or 0-9; or `unseen`: everybody whom the checkpoint was not trained "
+            "on, in a folder or in plain crops. All without it.",
+            show_default=False,
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Of --frames random: 0, 0,1 or 0-4.")] = "0",
     frames: Annotated[
@@ -300,11 +311,12 @@ def evaluate(
     from model.evaluation_console import run_task
     from model.evaluation_plan import EvaluationOptions, EvaluationTask, read_choice, read_seeds
 
-    if output is None and checkpoint.is_dir():
-        output = checkpoint / "evaluation"
+    source = find_checkpoint(checkpoint)
+    if output is None and source.is_dir():
+        output = source / "evaluation"
     dataset = read_dataset(data, layout, seed=split_seed, prid_subset=prid_subset)
     task = EvaluationTask(
-        checkpoint,
+        source,
         dataset,
         fingerprint_dataset(dataset),
         output or checkpoint.with_name(f"{checkpoint.stem}-evaluation"),

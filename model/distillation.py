@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,7 @@ from model.embedder import Embedder
 from model.errors import TeacherError
 from model.files import reason, written_aside
 from model.frames import Clip, Preprocessing, read_frame
-from model.views import View, plan_view, render_view
+from model.views import plan_view, render_view
 
 Channels = Literal["rgb", "bgr"]
 Runtime = Literal["auto", "onnxruntime", "openvino"]
@@ -44,7 +45,7 @@ CACHE_FORMAT = "passerby-teacher-cache-1"
 # The teacher that is no file but what a run begins with.
 START = "start"
 # Another number wherever `model.views` draws other views.
-VIEWS_FORMAT = 1
+VIEWS_FORMAT = 2
 # Frames between two writes of a caching pass: what an interruption costs, some seconds on a CPU.
 CHUNK_FRAMES = 512
 # Crops in one run of a teacher that takes any number of them; on a CPU more gains nothing.
@@ -430,6 +431,7 @@ class TeacherEmbeddings:
         embeddings: (N * views, D_t) float16 of unit length; the first ``views`` rows belong to the
             looks of ``frames[0]``, the next to those of ``frames[1]``, and so on.
         views: How many looks of each frame there are.
+        cameras: Which camera each frame is of; see `cache_embeddings`.
 
     Raises:
         TeacherError: ``embeddings`` has another number of rows.
@@ -441,6 +443,7 @@ class TeacherEmbeddings:
         frames: Sequence[Path],
         embeddings: NDArray[np.float16],
         views: int = 1,
+        cameras: Mapping[Path, str] | None = None,
     ) -> None:
         rows = len(frames) * views
         if embeddings.ndim != 2 or len(embeddings) != rows:
@@ -450,7 +453,7 @@ class TeacherEmbeddings:
         self.teacher, self.views = teacher, views
         self.dim = int(embeddings.shape[1])
         self._embeddings = embeddings
-        self._frames = list(frames)
+        self._looks = _Looks(list(frames), _by_camera(frames, cameras))
         self._rows = {path: row for row, path in enumerate(frames)}
 
     def __len__(self) -> int:
@@ -497,7 +500,7 @@ class TeacherEmbeddings:
         Raises:
             TeacherError: The teacher has not seen it.
         """
-        return _show(self._frames, self._row(frame), view, read)
+        return self._looks.show(self._row(frame), view, read)
 
     def _row(self, frame: Path) -> int:
         try:
@@ -508,12 +511,30 @@ class TeacherEmbeddings:
             ) from error
 
 
-def _show(frames: Sequence[Path], row: int, view: int, read: Callable[[Path], Clip]) -> Clip:
-    if view == 0:
-        return read(frames[row])
-    plan: View = plan_view(row, view, len(frames))
-    partner = None if plan.partner is None else read(frames[plan.partner])
-    return render_view(plan, read(frames[row]), partner)
+class _Looks(NamedTuple):
+    """What the looks of frames are made of.
+
+    Args:
+        frames: All that the teacher sees.
+        cameras: Their numbers, camera by camera.
+    """
+
+    frames: list[Path]
+    cameras: list[list[int]]
+
+    def show(self, row: int, view: int, read: Callable[[Path], Clip]) -> Clip:
+        crop = read(self.frames[row])
+        if view == 0:
+            return crop
+        plan = plan_view(row, view, self.cameras)
+        return render_view(plan, crop, lambda number: read(self.frames[number]))
+
+
+def _by_camera(frames: Sequence[Path], cameras: Mapping[Path, str] | None) -> list[list[int]]:
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for number, frame in enumerate(frames):
+        numbers["" if cameras is None else cameras[frame]].append(number)
+    return [numbers[camera] for camera in sorted(numbers)]
 
 
 def cache_embeddings(
@@ -523,6 +544,7 @@ def cache_embeddings(
     progress: Progress | None = None,
     *,
     views: int = 1,
+    cameras: Mapping[Path, str] | None = None,
 ) -> TeacherEmbeddings:
     """Read a teacher's embeddings of frames, and make those first that are not there.
 
@@ -542,40 +564,74 @@ def cache_embeddings(
         progress: Called with how many frames are done, and of how many.
         views: How many looks of each frame the teacher sees, see `DistillationConfig`. The others
             borrow from all the frames that are given: give those of one training half alone.
+        cameras: Which camera each frame is of, so that looks take the colours of every camera as
+            often as of every other; of one where None.
 
     Raises:
         TeacherError: There is no frame, a frame is missing, the teacher fails on one, the cache
             cannot be written, or what lies there does not fit.
         InvalidFramesError: A frame cannot be decoded.
     """
-    listing = _list_frames(teacher, frames, views)
+    listing = _list_frames(teacher, frames, views, cameras)
     report = progress or (lambda _, __: None)
-    total = len(listing.frames)
+    total = len(listing.looks.frames)
     path = cache_dir / f"{teacher.fingerprint}-{listing.digest}.safetensors"
     if path.exists():
         embeddings = _read(path, listing, (total * views, teacher.dim))
         report(total, total)
-        return TeacherEmbeddings(teacher.fingerprint, listing.frames, embeddings, views)
+        return TeacherEmbeddings(
+            teacher.fingerprint, listing.looks.frames, embeddings, views, cameras
+        )
 
     parts = path.with_suffix(".parts")
     embeddings = np.empty((total * views, teacher.dim), dtype=np.float16)
     step = max(1, CHUNK_FRAMES // views)
-    for start in range(0, total, step):
-        stop = min(start + step, total)
-        part = parts / f"{start:09d}.safetensors"
-        made = _resume(part, listing, teacher, range(start, stop))
-        embeddings[start * views : stop * views] = made
-        report(stop, total)
+    chunks = [range(start, min(start + step, total)) for start in range(0, total, step)]
+    with ThreadPoolExecutor() as threads:
+        for rows, pixels in _ahead(listing, teacher, parts, chunks, threads):
+            made = _resume(_part(parts, rows), listing, teacher, rows, pixels)
+            embeddings[rows.start * views : rows.stop * views] = made
+            report(rows.stop, total)
     _write(path, embeddings, listing)
     shutil.rmtree(parts, ignore_errors=True)  # of no use any more, and of no harm
-    return TeacherEmbeddings(teacher.fingerprint, listing.frames, embeddings, views)
+    return TeacherEmbeddings(teacher.fingerprint, listing.looks.frames, embeddings, views, cameras)
+
+
+def _part(parts: Path, rows: range) -> Path:
+    return parts / f"{rows.start:09d}.safetensors"
+
+
+def _ahead(
+    listing: "_Listing",
+    teacher: Teacher,
+    parts: Path,
+    chunks: Sequence[range],
+    threads: ThreadPoolExecutor,
+) -> Iterator[tuple[range, list[Future[Clip]] | None]]:
+    """Yield chunks with their looks, which are made while the teacher is busy with those before."""
+
+    def begin(rows: range) -> list[Future[Clip]] | None:
+        if _part(parts, rows).exists():
+            return None
+        shown = ((row, view) for row in rows for view in range(listing.views))
+        return [threads.submit(_show, listing, teacher, row, view) for row, view in shown]
+
+    following = begin(chunks[0])
+    for number, rows in enumerate(chunks):
+        pixels = following
+        following = begin(chunks[number + 1]) if number + 1 < len(chunks) else None
+        yield rows, pixels
+
+
+def _show(listing: "_Listing", teacher: Teacher, row: int, view: int) -> Clip:
+    return listing.looks.show(row, view, lambda path: read_frame(path, teacher.preprocessing))
 
 
 class _Listing(NamedTuple):
     """Frames in the order of a cache, and a name for that list."""
 
     teacher: str
-    frames: list[Path]
+    looks: _Looks
     views: int
     digest: str
 
@@ -584,7 +640,9 @@ class _Listing(NamedTuple):
         return {"format": CACHE_FORMAT, "teacher": self.teacher, "frames": self.digest}
 
 
-def _list_frames(teacher: Teacher, frames: Sequence[Path], views: int) -> _Listing:
+def _list_frames(
+    teacher: Teacher, frames: Sequence[Path], views: int, cameras: Mapping[Path, str] | None
+) -> _Listing:
     if not frames:
         raise TeacherError("expected frames for the teacher, got none")
     absolute = {path: path.absolute() for path in frames}
@@ -597,27 +655,31 @@ def _list_frames(teacher: Teacher, frames: Sequence[Path], views: int) -> _Listi
         raise TeacherError(
             f"expected a frame for the teacher, could not read {error.filename}: {reason(error)}"
         ) from error
-    named: Any = listed if views == 1 else {"frames": listed, "views": [VIEWS_FORMAT, views]}
+    by_camera = _by_camera(ordered, cameras)
+    named: Any = listed
+    if views > 1:
+        named = {"frames": listed, "views": [VIEWS_FORMAT, views], "cameras": by_camera}
     digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
-    return _Listing(teacher.fingerprint, ordered, views, digest)
+    return _Listing(teacher.fingerprint, _Looks(ordered, by_camera), views, digest)
 
 
 def _resume(
-    part: Path, listing: _Listing, teacher: Teacher, rows: Sequence[int]
+    part: Path,
+    listing: _Listing,
+    teacher: Teacher,
+    rows: range,
+    pixels: list[Future[Clip]] | None,
 ) -> NDArray[np.float16]:
     """Embeddings of a chunk of frames, from an interrupted pass or from the teacher."""
-    if part.exists():
+    if pixels is None:
         try:
             return _read(part, listing, (len(rows) * listing.views, teacher.dim))
         except TeacherError:
             part.unlink(missing_ok=True)  # cut short, or of other chunks: it is made again
-
-    def read(path: Path) -> Clip:
-        return read_frame(path, teacher.preprocessing)
-
-    looks = [
-        _show(listing.frames, row, view, read) for row in rows for view in range(listing.views)
-    ]
+    if pixels is None:
+        looks = [_show(listing, teacher, row, v) for row in rows for v in range(listing.views)]
+    else:
+        looks = [one.result() for one in pixels]
     embeddings = teacher.embed(np.stack(looks))
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit: NDArray[np.float16] = (embeddings / np.maximum(lengths, TINY)).astype(np.float16)

@@ -173,9 +173,13 @@ def ask_teacher(
             f"training frames, got {len(splits)}"
         )
     cache = Path(config.cache) if config.cache else folder
-    frames = sorted({path for split in splits for one in split.train for path in one.frames})
+    trained = [one for split in splits for one in split.train]
+    cameras = {path: one.camera for one in trained for path in one.frames}
+    frames = sorted(cameras)
     listener.said(f"the teacher's embeddings of {len(frames)} frames are kept in {cache}")
-    return cache_embeddings(teacher, frames, cache, listener.loaded, views=config.views)
+    return cache_embeddings(
+        teacher, frames, cache, listener.loaded, views=config.views, cameras=cameras
+    )
 
 
 def _find_teacher(recipe: Recipe, config: DistillationConfig) -> Teacher:

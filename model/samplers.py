@@ -107,9 +107,7 @@ class ClipSampler:
     """Draws batches of tracklets without regard to who is in them, for learning from a teacher.
 
     An epoch has as many clips as make up all frames. A tracklet is drawn in proportion to its
-    frames, divided by the root of how many frames its camera has: halfway between "every frame
-    counts the same" and "every camera counts the same", so that a camera with few frames is not
-    lost among the others. Draws are with replacement.
+    frames, with replacement, so that every frame counts the same.
 
     Args:
         tracklets: What to draw from, at least one.
@@ -133,16 +131,13 @@ class ClipSampler:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        per_camera: dict[str, int] = defaultdict(int)
-        for one in tracklets:
-            per_camera[one.camera] += len(one.frames)
-        weights = np.array([len(one.frames) / per_camera[one.camera] ** 0.5 for one in tracklets])
-        self._chances: NDArray[np.float64] = weights / weights.sum()
-        self._batches = sum(per_camera.values()) // (clips * frames * ranks)
+        counts = np.array([len(one.frames) for one in tracklets])
+        self._chances: NDArray[np.float64] = counts / counts.sum()
+        self._batches = int(counts.sum()) // (clips * frames * ranks)
         if not self._batches:
             raise TrainingError(
                 f"expected at least {clips * frames * ranks} training frames for one batch, "
-                f"got {sum(per_camera.values())}"
+                f"got {counts.sum()}"
             )
         self.clips, self.seed, self.rank, self.ranks = clips, seed, rank, ranks
 

@@ -3,9 +3,11 @@
 A student that is told what a teacher makes of one look and shown another learns a compromise; shown
 the very look that the teacher saw, it learns the teacher's function (Beyer et al.,
 arXiv:2106.05237). Real crops are few, so views go further from them than augmentation may: other
-colours, another person's legs. Whatever comes out, the teacher says what it is.
+colours, another person's legs, another camera's light. Whatever comes out, the teacher says what it
+is.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +20,14 @@ from model.frames import Clip
 _STREAM = 5
 _SPLICE = 0.5  # how often the lower part is another crop's
 _SEAM = (0.35, 0.6)  # where it begins, share of the height
-_RECOLOUR = 0.5  # how often colours are turned by any angle, and not by a little
+_RESTYLE = 0.6  # how often colours take the mean and deviation of another crop's
+_STRENGTH = (0.5, 1.0)  # how far
+_SPREAD = (0.5, 2.0)  # by what factor at most
+_RECOLOUR = 0.4  # how often colours are turned by any angle, and not by a little
 _LITTLE_TURN = np.pi / 12
 _GAIN = (0.6, 1.4)  # of brightness
 _CONTRAST = (0.7, 1.3)
-_ZOOM = 0.75  # smallest share of the height and of the width that is kept
+_ZOOM = 0.7  # smallest share of the height and of the width that is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,36 +51,58 @@ class View:
 
     Args:
         look: Of the crop.
+        window: What is kept in the end: top, left, height, width, shares.
         partner: Number of the crop whose lower part it takes; None where it keeps its own.
         partner_look: Of that crop.
         seam: Where that part begins, share of the height.
-        window: What is kept of the result: top, left, height, width, shares.
+        style: Number of the crop whose colours it takes; None where it keeps its own.
+        strength: How far it takes them, in [0, 1].
     """
 
     look: Look
-    partner: int | None
-    partner_look: Look
-    seam: float
     window: tuple[float, float, float, float]
+    partner: int | None = None
+    partner_look: Look = Look(0.0, 1.0, 1.0)
+    seam: float = 0.5
+    style: int | None = None
+    strength: float = 1.0
 
 
-def plan_view(crop: int, number: int, crops: int) -> View:
+def plan_view(crop: int, number: int, cameras: Sequence[Sequence[int]]) -> View:
     """Draw a view.
 
     Args:
         crop: Number of the crop among all that a teacher sees.
         number: Of the view, from 1; view 0 is the crop itself and is not drawn.
-        crops: How many crops the teacher sees: one of them may be the partner.
+        cameras: Numbers of the crops of each camera, all together those that the teacher sees. A
+            partner is any of them; a style is of any camera, each as often as every other.
 
     Returns:
         The same for the same arguments.
     """
     rng = np.random.default_rng([_STREAM, crop, number])
-    partner = int(rng.integers(crops)) if rng.random() < _SPLICE else None
+    partner = style = None
+    if rng.random() < _SPLICE:
+        sizes = np.array([len(one) for one in cameras])
+        partner = _pick(cameras[rng.choice(len(cameras), p=sizes / sizes.sum())], rng)
+    if rng.random() < _RESTYLE:
+        style = _pick(cameras[rng.integers(len(cameras))], rng)
     look, partner_look = _draw_look(rng), _draw_look(rng)
     height, width = rng.uniform(_ZOOM, 1, 2).tolist()
     top, left = (rng.random(2) * (1 - height, 1 - width)).tolist()
-    return View(look, partner, partner_look, rng.uniform(*_SEAM), (top, left, height, width))
+    return View(
+        look,
+        (top, left, height, width),
+        partner,
+        partner_look,
+        rng.uniform(*_SEAM),
+        style,
+        rng.uniform(*_STRENGTH),
+    )
+
+
+def _pick(crops: Sequence[int], rng: np.random.Generator) -> int:
+    return int(crops[rng.integers(len(crops))])
 
 
 def _draw_look(rng: np.random.Generator) -> Look:
@@ -83,38 +110,50 @@ def _draw_look(rng: np.random.Generator) -> Look:
     return Look(rng.uniform(-widest, widest), rng.uniform(*_GAIN), rng.uniform(*_CONTRAST))
 
 
-def render_view(view: View, crop: Clip, partner: Clip | None) -> Clip:
+def render_view(view: View, crop: Clip, read: Callable[[int], Clip]) -> Clip:
     """Make a view of prepared crops.
 
     Args:
         view: Which.
         crop: (H, W, 3) uint8 RGB; it is not changed.
-        partner: Likewise, of the same size; needed where the view has a partner.
+        read: Gives the crop of a number, of the same size: the partner's and the style's.
 
     Returns:
         (H, W, 3) uint8 RGB.
-
-    Raises:
-        ValueError: The partner is missing.
     """
     shown = _change(crop, view.look)
     if view.partner is not None:
-        if partner is None:
-            raise ValueError("partner: expected the crop that the view is spliced with, got None")
         row = round(view.seam * len(crop))
-        shown[row:] = _change(partner[row:], view.partner_look)
+        shown[row:] = _change(read(view.partner)[row:], view.partner_look)
+    if view.style is not None:
+        shown = _restyle(shown, read(view.style), view.strength)
     height, width, _ = shown.shape
     top, left, kept_height, kept_width = view.window
     box = (left * width, top * height, (left + kept_width) * width, (top + kept_height) * height)
-    image = Image.fromarray(shown)
+    image = Image.fromarray(_to_bytes(shown))
     resized = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized, dtype=np.uint8)
 
 
-def _change(crop: Clip, look: Look) -> Clip:
+def _change(crop: Clip, look: Look) -> NDArray[np.float32]:
     pixels = crop.astype(np.float32) @ _turn(look.turn).T
     mean = pixels.mean()
-    pixels = (mean + (pixels - mean) * np.float32(look.contrast)) * np.float32(look.gain)
+    return (mean + (pixels - mean) * np.float32(look.contrast)) * np.float32(look.gain)
+
+
+def _restyle(pixels: NDArray[np.float32], style: Clip, strength: float) -> NDArray[np.float32]:
+    """Draw each channel's mean and deviation to those of another crop (Reinhard et al., 2001).
+
+    They did it in a colour space without correlations; between cameras the channels will do.
+    """
+    mean, deviation = pixels.mean(axis=(0, 1)), pixels.std(axis=(0, 1))
+    other = style.astype(np.float32)
+    scale = (other.std(axis=(0, 1)) / np.maximum(deviation, 1)).clip(*_SPREAD)
+    styled = other.mean(axis=(0, 1)) + (pixels - mean) * scale
+    return np.asarray(pixels + np.float32(strength) * (styled - pixels), np.float32)
+
+
+def _to_bytes(pixels: NDArray[np.float32]) -> Clip:
     return np.asarray(pixels.round().clip(0, 255), np.uint8)
 
 
