@@ -70,7 +70,8 @@ class ClipChoice:
         """Choose the frames of one tracklet.
 
         Clips are of equal length, so the mean over clips is the mean over this one list, and the
-        embedder needs not know of clips.
+        embedder needs not know of clips. Where frames are weighed by agreement it is one pooling of
+        all of them, in which those that the last clip repeats weigh a little more.
 
         Args:
             tracklet: Whose frames.

@@ -49,7 +49,8 @@ class NetworkConfig:
             others look like it, see `pool_frames`; what it helps is in docs/pooling.md. Not in
             the paper.
         unit: Whether a tracklet embedding that is served or evaluated has length 1, so that
-            Euclidean distance and cosine rank alike. A zero vector stays zero. Not in the paper.
+            Euclidean distance and cosine rank alike, and what the triplet loss compares likewise.
+            A zero vector stays zero. Not in the paper.
     """
 
     attention: Attention = "softmax"

@@ -41,7 +41,7 @@ from model.losses import (
     total_loss,
     wrong_logit_mean,
 )
-from model.network import TrackletNet, build_backbone
+from model.network import TrackletNet, build_backbone, unit_length
 from model.ranks import Ranks
 from model.recipe import BatchConfig, Recipe, recipe_values, without_places
 from model.runs import Moment, RunFolder
@@ -428,7 +428,10 @@ class Trainer:
         labels = gather(labels)
         logits = None if learned.logits is None else gather(learned.logits)
         attention = gather(encoded.attention)
-        terms = total_loss(self.recipe.loss, gather(encoded.embeddings), logits, labels, attention)
+        embeddings = encoded.embeddings
+        if self.recipe.network.unit:  # the triplet loss compares what will be compared
+            embeddings = unit_length(embeddings)
+        terms = total_loss(self.recipe.loss, gather(embeddings), logits, labels, attention)
         loss = terms.total
         if learned.distilled is not None:
             loss = loss + learned.distilled.total

@@ -18,6 +18,7 @@ from PIL import Image
 
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.datasets.tracklets import Split, Tracklet
+from model.distillation import TeacherEmbeddings
 from model.errors import DatasetError, TrainingError
 from model.learner import Learner
 from model.recipe import Recipe, load_recipe
@@ -571,3 +572,43 @@ def test_a_gpu_trains_and_takes_up_a_run(people: Split, tmp_path: Path, precisio
 
     assert heard.steps[0].step == 4
     assert all(tensor.isfinite().all() for tensor in weights(product).values())
+
+
+@pytest.mark.parametrize(("unit", "same"), [("true", True), ("false", False)])
+def test_the_triplet_loss_compares_what_will_be_compared(
+    people: Split, tmp_path: Path, unit: str, same: bool
+) -> None:
+    """With embeddings of length 1 it does not matter how long the head makes them."""
+    losses = []
+    for scale in (1.0, 10.0):
+        chosen = recipe(f"network.unit={unit}", "network.head=8", "loss.identity=none")
+        job = Job(chosen, people, data={}, device="cpu")
+        trainer = Trainer(job, RunFolder(tmp_path / f"{unit}-{scale}"))
+        with torch.no_grad():
+            trainer.learner.network.head.weight.mul_(scale)
+        losses.append(trainer._loss(next(trainer.loader.epoch(0)), rate=0.0).item())
+
+    assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) is same
+
+
+def test_a_student_is_told_of_the_very_looks_that_it_sees(people: Split, tmp_path: Path) -> None:
+    chosen = recipe(
+        *("batch.draw=clips", "loss.identity=none", "loss.triplet=false", "loss.regulariser=none"),
+        *("distillation.teacher=t.onnx", "distillation.views=3", "network.head=5"),
+    )
+    frames = sorted(path for one in people.train for path in one.frames)
+    said = np.eye(len(frames) * 3, 5 * len(frames), dtype=np.float16)
+    teacher = TeacherEmbeddings("teacher-0", frames, said, views=3)
+    trainer = Trainer(Job(chosen, people, data={}, teacher=teacher), RunFolder(tmp_path / "run"))
+
+    batch = next(trainer.loader.epoch(0))
+    told = trainer._teach(batch)
+
+    assert told is not None
+    assert {view for views in batch.views for view in views} == {0, 1, 2}
+    for row, number, places, views in zip(
+        told, batch.tracklets, batch.positions, batch.views, strict=True
+    ):
+        for one, place, view in zip(row, places, views, strict=True):
+            place_of = frames.index(trainer.tracklets[number].frames[place]) * 3 + view
+            assert np.array_equal(one.numpy(), said[place_of].astype(np.float32))
