@@ -45,7 +45,7 @@ CACHE_FORMAT = "passerby-teacher-cache-1"
 # The teacher that is no file but what a run begins with.
 START = "start"
 # Another number wherever `model.views` draws other views.
-VIEWS_FORMAT = 2
+VIEWS_FORMAT = 3
 # Frames between two writes of a caching pass: what an interruption costs, some seconds on a CPU.
 CHUNK_FRAMES = 512
 # Crops in one run of a teacher that takes any number of them; on a CPU more gains nothing.
@@ -428,13 +428,12 @@ class TeacherEmbeddings:
     Args:
         teacher: The teacher's fingerprint.
         frames: N image files, each once.
-        embeddings: (N * views, D_t) float16 of unit length; the first ``views`` rows belong to the
-            looks of ``frames[0]``, the next to those of ``frames[1]``, and so on.
-        views: How many looks of each frame there are.
+        embeddings: (V, N, D_t) float16 of unit length, of V looks of each frame; row n of each
+            belongs to ``frames[n]``.
         cameras: Which camera each frame is of; see `cache_embeddings`.
 
     Raises:
-        TeacherError: ``embeddings`` has another number of rows.
+        TeacherError: ``embeddings`` has another shape.
     """
 
     def __init__(
@@ -442,16 +441,15 @@ class TeacherEmbeddings:
         teacher: str,
         frames: Sequence[Path],
         embeddings: NDArray[np.float16],
-        views: int = 1,
         cameras: Mapping[Path, str] | None = None,
     ) -> None:
-        rows = len(frames) * views
-        if embeddings.ndim != 2 or len(embeddings) != rows:
+        if embeddings.ndim != 3 or embeddings.shape[1] != len(frames) or not len(embeddings):
             raise TeacherError(
-                f"expected embeddings ({rows}, D_t) of the teacher, got {embeddings.shape}"
+                f"expected embeddings (V >= 1, {len(frames)}, D_t) of the teacher, "
+                f"got {embeddings.shape}"
             )
-        self.teacher, self.views = teacher, views
-        self.dim = int(embeddings.shape[1])
+        self.teacher, self.views = teacher, len(embeddings)
+        self.dim = int(embeddings.shape[2])
         self._embeddings = embeddings
         self._looks = _Looks(list(frames), _by_camera(frames, cameras))
         self._rows = {path: row for row, path in enumerate(frames)}
@@ -479,12 +477,10 @@ class TeacherEmbeddings:
             TeacherError: The teacher has not seen one of them.
         """
         if isinstance(frames, Path):
-            return np.asarray(self._embeddings[self._row(frames) * self.views], np.float32)
-        views = [0] * len(frames) if views is None else views
-        rows = [
-            self._row(path) * self.views + view for path, view in zip(frames, views, strict=True)
-        ]
-        return self._embeddings[rows].astype(np.float32)
+            return np.asarray(self._embeddings[0, self._row(frames)], np.float32)
+        rows = [self._row(path) for path in frames]
+        looks = [0] * len(rows) if views is None else list(views)
+        return np.asarray(self._embeddings[looks, rows], np.float32)
 
     def show(self, frame: Path, view: int, read: Callable[[Path], Clip]) -> Clip:
         """Show a frame as the teacher saw it.
@@ -561,9 +557,10 @@ def cache_embeddings(
         teacher: What embeds them.
         frames: Image files, at least one; those that are there twice count once.
         cache_dir: Folder for such files, made where it is missing.
-        progress: Called with how many frames are done, and of how many.
+        progress: Called with how many looks are done, and of how many.
         views: How many looks of each frame the teacher sees, see `DistillationConfig`. The others
-            borrow from all the frames that are given: give those of one training half alone.
+            borrow from all the frames that are given: give those of one training half alone. More
+            of them later cost only the new ones.
         cameras: Which camera each frame is of, so that looks take the colours of every camera as
             often as of every other; of one where None.
 
@@ -572,29 +569,49 @@ def cache_embeddings(
             cannot be written, or what lies there does not fit.
         InvalidFramesError: A frame cannot be decoded.
     """
-    listing = _list_frames(teacher, frames, views, cameras)
-    report = progress or (lambda _, __: None)
+    listings = _list_frames(teacher, frames, views, cameras)
+    ordered = listings[0].looks.frames
+    embeddings = np.empty((views, len(ordered), teacher.dim), dtype=np.float16)
+    with ThreadPoolExecutor() as threads:
+        for view, listing in enumerate(listings):
+            report = _counting(progress, view * len(ordered), views * len(ordered))
+            embeddings[view] = _cache_view(listing, teacher, cache_dir, threads, report)
+    return TeacherEmbeddings(teacher.fingerprint, ordered, embeddings, cameras)
+
+
+def _counting(progress: Progress | None, before: int, total: int) -> Callable[[int], None]:
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(before + done, total)
+
+    return report
+
+
+def _cache_view(
+    listing: "_Listing",
+    teacher: Teacher,
+    cache_dir: Path,
+    threads: ThreadPoolExecutor,
+    report: Callable[[int], None],
+) -> NDArray[np.float16]:
+    """What the teacher makes of one look of every frame, (N, D_t), kept in a file."""
     total = len(listing.looks.frames)
     path = cache_dir / f"{teacher.fingerprint}-{listing.digest}.safetensors"
     if path.exists():
-        embeddings = _read(path, listing, (total * views, teacher.dim))
-        report(total, total)
-        return TeacherEmbeddings(
-            teacher.fingerprint, listing.looks.frames, embeddings, views, cameras
-        )
-
+        embeddings = _read(path, listing, (total, teacher.dim))
+        report(total)
+        return embeddings
     parts = path.with_suffix(".parts")
-    embeddings = np.empty((total * views, teacher.dim), dtype=np.float16)
-    step = max(1, CHUNK_FRAMES // views)
-    chunks = [range(start, min(start + step, total)) for start in range(0, total, step)]
-    with ThreadPoolExecutor() as threads:
-        for rows, pixels in _ahead(listing, teacher, parts, chunks, threads):
-            made = _resume(_part(parts, rows), listing, teacher, rows, pixels)
-            embeddings[rows.start * views : rows.stop * views] = made
-            report(rows.stop, total)
+    embeddings = np.empty((total, teacher.dim), dtype=np.float16)
+    starts = range(0, total, CHUNK_FRAMES)
+    chunks = [range(start, min(start + CHUNK_FRAMES, total)) for start in starts]
+    for rows, pixels in _ahead(listing, teacher, parts, chunks, threads):
+        made = _resume(_part(parts, rows), listing, teacher, rows, pixels)
+        embeddings[rows.start : rows.stop] = made
+        report(rows.stop)
     _write(path, embeddings, listing)
     shutil.rmtree(parts, ignore_errors=True)  # of no use any more, and of no harm
-    return TeacherEmbeddings(teacher.fingerprint, listing.looks.frames, embeddings, views, cameras)
+    return embeddings
 
 
 def _part(parts: Path, rows: range) -> Path:
@@ -613,8 +630,7 @@ def _ahead(
     def begin(rows: range) -> list[Future[Clip]] | None:
         if _part(parts, rows).exists():
             return None
-        shown = ((row, view) for row in rows for view in range(listing.views))
-        return [threads.submit(_show, listing, teacher, row, view) for row, view in shown]
+        return [threads.submit(_show, listing, teacher, row) for row in rows]
 
     following = begin(chunks[0])
     for number, rows in enumerate(chunks):
@@ -623,16 +639,18 @@ def _ahead(
         yield rows, pixels
 
 
-def _show(listing: "_Listing", teacher: Teacher, row: int, view: int) -> Clip:
-    return listing.looks.show(row, view, lambda path: read_frame(path, teacher.preprocessing))
+def _show(listing: "_Listing", teacher: Teacher, row: int) -> Clip:
+    return listing.looks.show(
+        row, listing.view, lambda path: read_frame(path, teacher.preprocessing)
+    )
 
 
 class _Listing(NamedTuple):
-    """Frames in the order of a cache, and a name for that list."""
+    """One look of frames, in the order of a cache, and a name for that."""
 
     teacher: str
     looks: _Looks
-    views: int
+    view: int
     digest: str
 
     @property
@@ -642,7 +660,8 @@ class _Listing(NamedTuple):
 
 def _list_frames(
     teacher: Teacher, frames: Sequence[Path], views: int, cameras: Mapping[Path, str] | None
-) -> _Listing:
+) -> list[_Listing]:
+    """Name the passes over all frames, one for each look of them."""
     if not frames:
         raise TeacherError("expected frames for the teacher, got none")
     absolute = {path: path.absolute() for path in frames}
@@ -655,12 +674,15 @@ def _list_frames(
         raise TeacherError(
             f"expected a frame for the teacher, could not read {error.filename}: {reason(error)}"
         ) from error
-    by_camera = _by_camera(ordered, cameras)
-    named: Any = listed
-    if views > 1:
-        named = {"frames": listed, "views": [VIEWS_FORMAT, views], "cameras": by_camera}
-    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
-    return _Listing(teacher.fingerprint, _Looks(ordered, by_camera), views, digest)
+    looks = _Looks(ordered, _by_camera(ordered, cameras))
+    listings = []
+    for view in range(views):
+        named: Any = listed
+        if view:  # what another look shows depends on more
+            named = {"frames": listed, "cameras": looks.cameras, "view": [VIEWS_FORMAT, view]}
+        digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+        listings.append(_Listing(teacher.fingerprint, looks, view, digest))
+    return listings
 
 
 def _resume(
@@ -673,11 +695,11 @@ def _resume(
     """Embeddings of a chunk of frames, from an interrupted pass or from the teacher."""
     if pixels is None:
         try:
-            return _read(part, listing, (len(rows) * listing.views, teacher.dim))
+            return _read(part, listing, (len(rows), teacher.dim))
         except TeacherError:
             part.unlink(missing_ok=True)  # cut short, or of other chunks: it is made again
     if pixels is None:
-        looks = [_show(listing, teacher, row, v) for row in rows for v in range(listing.views)]
+        looks = [_show(listing, teacher, row) for row in rows]
     else:
         looks = [one.result() for one in pixels]
     embeddings = teacher.embed(np.stack(looks))

@@ -74,8 +74,9 @@ def plan_view(crop: int, number: int, cameras: Sequence[Sequence[int]]) -> View:
     Args:
         crop: Number of the crop among all that a teacher sees.
         number: Of the view, from 1; view 0 is the crop itself and is not drawn.
-        cameras: Numbers of the crops of each camera, all together those that the teacher sees. A
-            partner is any of them; a style is of any camera, each as often as every other.
+        cameras: Numbers of the crops of each camera, all together those that the teacher sees.
+            Partner and style are of any camera, each as often as every other: where one camera has
+            few people, that makes new ones.
 
     Returns:
         The same for the same arguments.
@@ -83,8 +84,7 @@ def plan_view(crop: int, number: int, cameras: Sequence[Sequence[int]]) -> View:
     rng = np.random.default_rng([_STREAM, crop, number])
     partner = style = None
     if rng.random() < _SPLICE:
-        sizes = np.array([len(one) for one in cameras])
-        partner = _pick(cameras[rng.choice(len(cameras), p=sizes / sizes.sum())], rng)
+        partner = _pick(cameras[rng.integers(len(cameras))], rng)
     if rng.random() < _RESTYLE:
         style = _pick(cameras[rng.integers(len(cameras))], rng)
     look, partner_look = _draw_look(rng), _draw_look(rng)

@@ -492,11 +492,25 @@ def test_views_have_a_cache_of_their_own_that_is_found_again(
 
     again = cache_embeddings(teacher, list(reversed(frames)), tmp_path, views=2)
 
-    assert teacher.asked == asked == 3 * len(frames)
+    assert teacher.asked == asked == 2 * len(frames)  # the frames themselves once
     assert (single.views, several.views) == (1, 2)
     assert np.array_equal(
         again.of(frames, [1] * len(frames)), several.of(frames, [1] * len(frames))
     )
+
+
+def test_looks_of_other_cameras_have_another_cache(frames: list[Path], tmp_path: Path) -> None:
+    """What a look borrows from depends on which camera each frame is of; the frame itself not."""
+    teacher = CountingTeacher()
+    cameras = {path: path.parent.name for path in frames}
+    one = cache_embeddings(teacher, frames, tmp_path, views=3)
+
+    two = cache_embeddings(teacher, frames, tmp_path, views=3, cameras=cameras)
+
+    assert teacher.asked == 5 * len(frames)
+    twos = [2] * len(frames)
+    assert not np.array_equal(one.of(frames, twos), two.of(frames, twos))
+    assert np.array_equal(one.of(frames), two.of(frames))
 
 
 @pytest.mark.parametrize("change", ["a frame more", "a frame of another size", "another teacher"])
@@ -598,8 +612,8 @@ def test_a_frame_that_the_teacher_has_not_seen_is_an_error(
 
     with pytest.raises(TeacherError, match=r"one of the 10 frames .*5\.png"):
         embeddings.of(frames)
-    with pytest.raises(TeacherError, match=r"expected embeddings \(11, D_t\)"):
-        TeacherEmbeddings("teacher-0", frames, np.zeros((10, 5), np.float16))
+    with pytest.raises(TeacherError, match=r"expected embeddings \(V >= 1, 11, D_t\)"):
+        TeacherEmbeddings("teacher-0", frames, np.zeros((1, 10, 5), np.float16))
 
 
 # The loss.

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.datasets.tracklets import Split, Tracklet
@@ -584,8 +585,10 @@ def test_the_triplet_loss_compares_what_will_be_compared(
         chosen = recipe(f"network.unit={unit}", "network.head=8", "loss.identity=none")
         job = Job(chosen, people, data={}, device="cpu")
         trainer = Trainer(job, RunFolder(tmp_path / f"{unit}-{scale}"))
+        head = trainer.learner.network.head
+        assert isinstance(head, nn.Linear)
         with torch.no_grad():
-            trainer.learner.network.head.weight.mul_(scale)
+            head.weight.mul_(scale)
         losses.append(trainer._loss(next(trainer.loader.epoch(0)), rate=0.0).item())
 
     assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) is same
@@ -597,8 +600,8 @@ def test_a_student_is_told_of_the_very_looks_that_it_sees(people: Split, tmp_pat
         *("distillation.teacher=t.onnx", "distillation.views=3", "network.head=5"),
     )
     frames = sorted(path for one in people.train for path in one.frames)
-    said = np.eye(len(frames) * 3, 5 * len(frames), dtype=np.float16)
-    teacher = TeacherEmbeddings("teacher-0", frames, said, views=3)
+    said = np.random.default_rng(0).normal(size=(3, len(frames), 5)).astype(np.float16)
+    teacher = TeacherEmbeddings("teacher-0", frames, said)
     trainer = Trainer(Job(chosen, people, data={}, teacher=teacher), RunFolder(tmp_path / "run"))
 
     batch = next(trainer.loader.epoch(0))
@@ -610,5 +613,5 @@ def test_a_student_is_told_of_the_very_looks_that_it_sees(people: Split, tmp_pat
         told, batch.tracklets, batch.positions, batch.views, strict=True
     ):
         for one, place, view in zip(row, places, views, strict=True):
-            place_of = frames.index(trainer.tracklets[number].frames[place]) * 3 + view
-            assert np.array_equal(one.numpy(), said[place_of].astype(np.float32))
+            frame = frames.index(trainer.tracklets[number].frames[place])
+            assert np.array_equal(one.numpy(), said[view, frame].astype(np.float32))
