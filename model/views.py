@@ -84,9 +84,9 @@ def plan_view(crop: int, number: int, cameras: Sequence[Sequence[int]]) -> View:
     rng = np.random.default_rng([_STREAM, crop, number])
     partner = style = None
     if rng.random() < _SPLICE:
-        partner = _pick(cameras[rng.integers(len(cameras))], rng)
+        partner = _pick(cameras, rng)
     if rng.random() < _RESTYLE:
-        style = _pick(cameras[rng.integers(len(cameras))], rng)
+        style = _pick(cameras, rng)
     look, partner_look = _draw_look(rng), _draw_look(rng)
     height, width = rng.uniform(_ZOOM, 1, 2).tolist()
     top, left = (rng.random(2) * (1 - height, 1 - width)).tolist()
@@ -101,8 +101,9 @@ def plan_view(crop: int, number: int, cameras: Sequence[Sequence[int]]) -> View:
     )
 
 
-def _pick(crops: Sequence[int], rng: np.random.Generator) -> int:
-    return int(crops[rng.integers(len(crops))])
+def _pick(cameras: Sequence[Sequence[int]], rng: np.random.Generator) -> int:
+    crops = cameras[int(rng.integers(len(cameras)))]
+    return crops[int(rng.integers(len(crops)))]
 
 
 def _draw_look(rng: np.random.Generator) -> Look:
@@ -138,7 +139,8 @@ def render_view(view: View, crop: Clip, read: Callable[[int], Clip]) -> Clip:
 def _change(crop: Clip, look: Look) -> NDArray[np.float32]:
     pixels = crop.astype(np.float32) @ _turn(look.turn).T
     mean = pixels.mean()
-    return (mean + (pixels - mean) * np.float32(look.contrast)) * np.float32(look.gain)
+    changed = (mean + (pixels - mean) * np.float32(look.contrast)) * np.float32(look.gain)
+    return np.asarray(changed, np.float32)
 
 
 def _restyle(pixels: NDArray[np.float32], style: Clip, strength: float) -> NDArray[np.float32]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from bench.bundle import read_stages, shorten_head
@@ -36,11 +37,11 @@ def trained(rank: int) -> Checkpoint:
     return make_checkpoint(network, SIZE, {"steps": 3})
 
 
-def distances(checkpoint: Checkpoint, frames: list[Path]) -> np.ndarray:
+def distances(checkpoint: Checkpoint, frames: list[Path]) -> NDArray[np.float32]:
     clips = [read_frame(path, SIZE)[None] for path in frames]
     embedder = Embedder(checkpoint, device="cpu", precision="fp32")
     made = np.stack([one.embedding for one in embedder.embed(clips)])
-    return np.linalg.norm(made[:, None] - made[None], axis=2)
+    return np.asarray(np.linalg.norm(made[:, None] - made[None], axis=2), np.float32)
 
 
 def test_a_head_without_what_is_empty_keeps_every_distance(frames: list[Path]) -> None:
