@@ -55,10 +55,14 @@ class ClipChoice:
             cuts the tracklet into clips of ``clip_frames``, of which the last one goes on with
             the tracklet's first frames, and averages them. "random" draws ``clip_frames``.
         clip_frames: Frames of a clip, >= 1; the paper's N.
+        wraps: Whether what is too short begins again. To an average that changes little; a frame
+            that is there twice agrees with itself perfectly, so a network that weighs frames by
+            agreement is shown each once.
     """
 
     frames: Frames = "even"
     clip_frames: int = 15
+    wraps: bool = True
 
     def __post_init__(self) -> None:
         if self.frames not in get_args(Frames):
@@ -70,8 +74,7 @@ class ClipChoice:
         """Choose the frames of one tracklet.
 
         Clips are of equal length, so the mean over clips is the mean over this one list, and the
-        embedder needs not know of clips. Where frames are weighed by agreement it is one pooling of
-        all of them, in which those that the last clip repeats weigh a little more.
+        embedder needs not know of clips.
 
         Args:
             tracklet: Whose frames.
@@ -81,6 +84,10 @@ class ClipChoice:
         Returns:
             Indices into its frames, ascending but for the wrapped ones.
         """
+        chosen = self._choose(tracklet, seed)
+        return chosen if self.wraps else list(dict.fromkeys(chosen))
+
+    def _choose(self, tracklet: Tracklet, seed: int) -> list[int]:
         received = len(tracklet.frames)
         if self.frames == "all":
             clips = -(-received // self.clip_frames)

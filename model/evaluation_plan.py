@@ -20,7 +20,7 @@ from model.datasets.mixed import MixedDataset
 from model.datasets.splits import UNSEEN, divide_unseen
 from model.datasets.tracklets import Dataset, Split, natural_key
 from model.embedder import Precision, choose_device, choose_precision
-from model.errors import DatasetError, EvaluationError
+from model.errors import DatasetError, EvaluationError, RecipeError
 from model.evaluation import (
     ClipChoice,
     ProtocolName,
@@ -28,6 +28,7 @@ from model.evaluation import (
     resolve_protocol,
     tracklet_name,
 )
+from model.recipe import parse_recipe, without_places
 from model.runs import FACTS, PRODUCT
 
 FORMAT = "passerby-evaluation-1"
@@ -289,8 +290,8 @@ def _find_unseen(
     ):
         raise EvaluationError(
             f"expected a folder of tracklets or of nothing but crops for the split {UNSEEN!r}, got "
-            f"{dataset.layout}, whose published splits say who is tested "
-            f"({', '.join(one.name for one in dataset.splits)})"
+            f"{dataset.layout}, whose own splits say who is tested "
+            f"({', '.join(one.name for one in dataset.splits)}: {dataset.splits[0].source})"
         )
     subjects = [
         (subject, [_unseen_split(subject, task)])
@@ -308,9 +309,31 @@ def _find_unseen(
 
 def _unseen_split(subject: Subject, task: EvaluationTask) -> Split:
     known = _trained_identities(subject, lambda data: _is_same(data, task))
+    present = {one.identity for one in task.dataset.tracklets}
+    namesakes: set[str] = set()
+    is_known = any(_is_same(data, task) for data in subject.trainings)
+    if task.dataset.layout == "folder" and not is_known and not task.options.allow_seen:
+        # A folder that grew, or lost a frame, has another fingerprint but the people whom it had.
+        namesakes = _trained_identities(subject, _is_folder) & present
+    try:
+        return _divide_unseen(subject, task, known, namesakes)
+    except EvaluationError as error:
+        if not namesakes:
+            raise
+        raise EvaluationError(
+            f"{error}; {len(namesakes)} more have the name of somebody that it was trained on in "
+            "another folder: where they are other people, say --allow-seen"
+        ) from error
+
+
+def _divide_unseen(
+    subject: Subject, task: EvaluationTask, known: set[str], namesakes: set[str]
+) -> Split:
     distractors = {DISTRACTOR} if task.dataset.layout == "market-1501" else set()
     try:
-        return divide_unseen(task.dataset.tracklets, known, distractors=distractors)
+        return divide_unseen(
+            task.dataset.tracklets, known, namesakes=namesakes, distractors=distractors
+        )
     except DatasetError as error:
         raise EvaluationError(f"{subject.name} on {task.dataset.root}: {error}") from error
 
@@ -342,12 +365,21 @@ def find_subjects(source: Path, listener: EvaluationListener) -> list[Subject]:
     subjects = [_subject(one / PRODUCT, one.name, is_run=True) for one in finished]
     first = subjects[0]
     for other in subjects[1:]:
-        if other.provenance.get("recipe") != first.provenance.get("recipe"):
+        if _recipe_of(other) != _recipe_of(first):
             raise EvaluationError(
                 f"expected runs of one recipe, because their figures are averaged, got another "
                 f"recipe in {other.name} than in {first.name}"
             )
     return subjects
+
+
+def _recipe_of(subject: Subject) -> object:
+    """The recipe of a checkpoint: what came later than the file counts as left at its default."""
+    values = subject.provenance.get("recipe")
+    try:
+        return without_places(parse_recipe(values))
+    except (RecipeError, TypeError, AttributeError):
+        return values
 
 
 def seen_identities(subject: Subject, task: EvaluationTask, split: Split) -> tuple[str, ...]:
@@ -363,9 +395,7 @@ def count_namesakes(subject: Subject, task: EvaluationTask, split: Split) -> int
     """Count tested identities whose names occur in the training data of another plain folder."""
     if task.dataset.layout != "folder":
         return 0
-    found = _known(
-        subject, split, lambda data: data.get("layout") == "folder" and not _is_same(data, task)
-    )
+    found = _known(subject, split, lambda data: _is_folder(data) and not _is_same(data, task))
     return len(set(found) - set(seen_identities(subject, task, split)))
 
 
@@ -378,6 +408,10 @@ def describe_namesakes(count: int) -> str:
         f"{names} in the training data of another folder; whether they are the same people cannot "
         "be told"
     )
+
+
+def _is_folder(data: Mapping[str, Any]) -> bool:
+    return data.get("layout") == "folder"
 
 
 def _is_same(data: Mapping[str, Any], task: EvaluationTask) -> bool:

@@ -7,7 +7,7 @@ of the very same is not made again.
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ def _measure_units(
         cache = _open_cache(task, group[0])
         if missing[key]:
             embedder = _load(task, group[0].subject)
-            _fill(cache, embedder, missing[key], task.options.choice, _draw(group[0]), tell)
+            choice = _choice(task, group[0].subject)
+            _fill(cache, embedder, missing[key], choice, _draw(group[0]), tell)
         for unit in group:
             write_json(task.output / UNITS / unit.file, _measure(task, unit, cache.embeddings))
 
@@ -146,6 +147,12 @@ def _cache_file(task: EvaluationTask, unit: Unit) -> str:
     if unit.frame_seed is not None:
         parts.append(f"seed{unit.frame_seed}")
     return f"{EMBEDDINGS}/{'-'.join(parts)}.npz"
+
+
+def _choice(task: EvaluationTask, subject: Subject) -> ClipChoice:
+    """Which frames a checkpoint is shown: each once, where it weighs them by their agreement."""
+    weighs = subject.network.get("temporal", "mean") != "mean"
+    return replace(task.options.choice, wraps=not weighs)
 
 
 def _draw(unit: Unit) -> int:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
             "processes with torchrun, or unset WORLD_SIZE"
         )
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    # The others wait while the first one asks a teacher about every crop, or measures.
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
         torch.cuda.set_device(local)

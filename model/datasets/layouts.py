@@ -171,9 +171,10 @@ def _survey_mixed(root: Path, *, seed: int) -> MixedSurvey:
     for folder in folders:
         # Where a link leads to: what a set is called, and what lies beside it, may matter.
         place = folder.resolve()
-        if place in taken:
-            what = "the same folder as another part: its people would be there twice"
-            findings.append(Finding("error", f"{folder.name} ({taken[place]})", what))
+        twin = next((one for one in taken if _overlap(place, one)), None)
+        if twin is not None:
+            what = "the same folder as another part, or within it: its people would be there twice"
+            findings.append(Finding("error", f"{folder.name} ({taken[twin]})", what))
             continue
         taken[place] = folder.name
         with noting(findings, folder, root):
@@ -182,6 +183,10 @@ def _survey_mixed(root: Path, *, seed: int) -> MixedSurvey:
                 raise DatasetError(f"expected a data set of a known layout in {folder}, got none")
             parts[folder.name] = Part(layout, survey_dataset(place, layout, seed=seed)[0])
     return join_surveys(root, parts, findings)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def _broken_links(root: Path) -> list[str]:

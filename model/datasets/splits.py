@@ -184,7 +184,11 @@ def random_halves(
 
 
 def divide_unseen(
-    tracklets: Sequence[Tracklet], known: Collection[str], *, distractors: Collection[str] = ()
+    tracklets: Sequence[Tracklet],
+    known: Collection[str],
+    *,
+    namesakes: Collection[str] = (),
+    distractors: Collection[str] = (),
 ) -> Split:
     """Test everybody whom at least two cameras saw and nobody was trained on.
 
@@ -193,25 +197,28 @@ def divide_unseen(
     Args:
         tracklets: All there are, sorted.
         known: Identities that were trained on.
+        namesakes: Identities that may be such: they are left out altogether.
         distractors: Identities that are no person.
 
     Raises:
         DatasetError: Fewer than two identities are left to test.
     """
     cameras = cameras_of(one for one in tracklets if one.identity not in distractors)
-    unseen = {name: seen for name, seen in cameras.items() if name not in known}
+    out = set(known) | set(namesakes)
+    unseen = {name: seen for name, seen in cameras.items() if name not in out}
     usable = [name for name, seen in unseen.items() if len(seen) > 1]
     if len(usable) < 2:
         raise DatasetError(
             "expected at least 2 identities that at least two cameras saw and that were not "
             f"trained on, got {len(usable)} of {len(cameras):,} identities"
         )
+    left_out = f", without {len(set(namesakes))} who may be" if namesakes else ""
     return divide(
         tracklets,
         Names(tuple(name for name in cameras if name in known), tuple(usable)),
         name=UNSEEN,
-        source=f"the {len(usable)} identities that the checkpoint was not trained on",
-        bystanders={one.identity for one in tracklets} - set(usable) - set(known),
+        source=f"the {len(usable)} identities that the checkpoint was not trained on{left_out}",
+        bystanders={one.identity for one in tracklets} - set(usable) - out,
     )
 
 

@@ -43,13 +43,15 @@ from model.evaluation_plan import (
     EvaluationOptions,
     EvaluationTask,
     describe_namesakes,
+    find_subjects,
     plan_units,
     read_choice,
     read_seeds,
 )
-from model.evaluation_runner import evaluate
+from model.evaluation_runner import _choice, evaluate
 from model.frames import Clip, Preprocessing, read_clip
-from model.network import NetworkConfig, TrackletNet
+from model.network import NetworkConfig, Temporal, TrackletNet
+from model.recipe import load_recipe, recipe_values
 
 SIZE = Preprocessing(height=64, width=32)
 DATA = "data-0123456789ab"
@@ -175,6 +177,31 @@ class Counter(EvaluationListener):
 
 
 # Frames
+
+
+@pytest.mark.parametrize("frames", ["all", "random", "even"])
+def test_frames_that_are_weighed_by_agreement_are_shown_once(frames: Frames) -> None:
+    """One that is there twice would agree with itself."""
+    seen = tracklet("a", "1", 17)
+
+    once = ClipChoice(frames, 20, wraps=False).positions(seen)
+
+    assert sorted(once) == list(range(17))
+
+
+def test_the_evaluation_knows_who_weighs_frames(task: EvaluationTask, tmp_path: Path) -> None:
+    options = EvaluationOptions(ClipChoice("all"))
+    torch.manual_seed(0)
+    readings: tuple[Temporal, ...] = ("mean", "agreement")
+    for temporal in readings:
+        config = NetworkConfig(backbone="conv5", temporal=temporal)
+        path = tmp_path / f"{temporal}.safetensors"
+        save_checkpoint(make_checkpoint(TrackletNet(config), SIZE), path)
+        [subject] = find_subjects(path, EvaluationListener())
+
+        choice = _choice(replace(task, options=options), subject)
+
+        assert choice.wraps == (temporal == "mean")
 
 
 @pytest.mark.parametrize("received", [1, 14, 15, 16, 30, 31])
@@ -714,6 +741,20 @@ def test_runs_of_two_recipes_are_not_averaged(task: EvaluationTask, tmp_path: Pa
         evaluate(replace(task, source=tmp_path / "runs"))
 
 
+def test_a_recipe_written_before_a_setting_existed_is_the_same_recipe(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    values = recipe_values(load_recipe("folder"))
+    older = {**values, "network": {k: v for k, v in values["network"].items() if k != "unit"}}
+    first, second = task.dataset.splits
+    save_run(tmp_path / "runs" / "a", first, recipe=values)
+    save_run(tmp_path / "runs" / "b", second, recipe={**older, "start": "/home/me/IMAGENET1K_V1"})
+
+    units = plan_units(replace(task, source=tmp_path / "runs"))
+
+    assert len(units) == 2
+
+
 def test_a_run_on_a_split_that_is_not_here_is_refused(task: EvaluationTask, tmp_path: Path) -> None:
     save_run(tmp_path / "run", replace(task.dataset.splits[0], source="random half, seed 7"))
 
@@ -753,14 +794,40 @@ def test_whom_the_start_of_a_checkpoint_saw_is_not_unseen(
     assert {one.identity for one in unit.split.query} == {"p6", "p7"}
 
 
-def test_of_other_data_everybody_is_unseen(task: EvaluationTask, tmp_path: Path) -> None:
+def test_who_may_be_known_from_another_folder_is_not_called_unseen(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    """A folder to which somebody was added is another one, but people stay who they are."""
     save_run(tmp_path / "run", task.dataset.splits[0])
-    heard = Counter()
+    other = unseen(task, tmp_path / "run", fingerprint="data-ffffffffffff")
 
-    [unit] = plan_units(unseen(task, tmp_path / "run", fingerprint="data-ffffffffffff"), heard)
+    [unit] = plan_units(other)
+
+    assert {one.identity for one in unit.split.query} == {"p4", "p5", "p6", "p7"}
+    assert {one.identity for one in unit.split.gallery} == {"p4", "p5", "p6", "p7"}
+    assert unit.split.source.endswith("was not trained on, without 4 who may be")
+
+
+def test_namesakes_are_tested_when_that_is_said(task: EvaluationTask, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", task.dataset.splits[0])
+    heard, allow = Counter(), EvaluationOptions(allow_seen=True)
+    other = unseen(task, tmp_path / "run", fingerprint="data-ffffffffffff", options=allow)
+
+    [unit] = plan_units(other, heard)
 
     assert len({one.identity for one in unit.split.query}) == 8
     assert heard.lines == [f"note: {describe_namesakes(4)}"]
+
+
+def test_a_folder_of_nothing_but_namesakes_is_refused_with_the_way_out(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    everybody = {"data": {**trained_on(task.dataset.splits[0])["data"]}}
+    everybody["data"]["train_identities"] = [f"p{number}" for number in range(8)]
+    save_run(tmp_path / "run", task.dataset.splits[0], **everybody)
+
+    with pytest.raises(EvaluationError, match=r"8 more have the name .* say --allow-seen"):
+        plan_units(unseen(task, tmp_path / "run", fingerprint="data-ffffffffffff"))
 
 
 def test_crops_of_a_benchmark_are_unseen_by_name_wherever_they_lie(
@@ -799,7 +866,9 @@ def test_unseen_people_are_refused_where_a_protocol_names_who_is_tested(
     (tmp_path / "query").mkdir()
 
     for dataset in (replace(task.dataset, layout="mars"), market):
-        with pytest.raises(EvaluationError, match=r"expected a folder .*, got m.*\(0, 1\)"):
+        with pytest.raises(
+            EvaluationError, match=r"expected a folder .*, got m.*\(0, 1: random half, seed 0\)"
+        ):
             plan_units(unseen(task, task.source, dataset=dataset))
 
 

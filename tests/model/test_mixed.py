@@ -210,6 +210,19 @@ def test_a_folder_with_something_else_in_it_is_not_taken_for_a_mix(mix: Path, od
     assert detect_layout(mix) == "folder"
 
 
+def test_a_part_within_another_is_refused(mix: Path) -> None:
+    """Its people would train in one and be tested in the other."""
+    (mix / "one").symlink_to(mix / "people")
+    (mix / "people").rename(mix.parent / "people")
+    (mix / "one").unlink()
+    (mix / "one").symlink_to(mix.parent)
+
+    (mix / "two").symlink_to(mix.parent / "people")
+
+    report = check_dataset(mix, "mixed", decode=False)
+    assert any("or within it" in one.what for one in report.findings if one.severity == "error")
+
+
 def test_everything_wrong_with_a_mix_is_told_by_part(mix: Path) -> None:
     touch(mix / "people", "0001/stray.png")
     touch(mix, "1.png", "empty/nothing.txt")
