@@ -41,12 +41,13 @@ from bench.real_rows import (
 from bench.real_tables import make_tables, write_json, write_report
 from model.checkpoint import load_checkpoint, make_checkpoint
 from model.datasets.tracklets import Split
-from model.distillation import TeacherEmbeddings, cache_embeddings, load_teacher
 from model.errors import ModelError
 from model.experiment import make_job, plan_experiment
 from model.learner import start_network
 from model.loading import Batch, ClipLoader
 from model.runs import RunFolder
+from model.teacher import load_teacher
+from model.teacher_cache import TeacherEmbeddings, cache_embeddings
 from model.training import Job, Listener, Trainer, make_sampler
 
 SAVE_EVERY_S = 60.0

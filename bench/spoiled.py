@@ -47,7 +47,6 @@ from model.datasets.people import draw_identity
 from model.datasets.splits import divide_unseen
 from model.datasets.tracklets import Dataset, Split, Tracklet
 from model.datasets.tubes import Floats
-from model.distillation import load_teacher
 from model.embedder import Embedder
 from model.evaluation import (
     compare,
@@ -60,6 +59,7 @@ from model.evaluation_plan import EvaluationTask, plan_units
 from model.frames import Clip, Preprocessing, choose_frames, prepare_frame, read_frame
 from model.measures import average_measures
 from model.network import TrackletNet, pool_frames, unit_length
+from model.teacher import load_teacher
 
 Kind = Literal["occluded", "blurred", "replaced", "switched", "mixed"]
 Draw = Literal["exact", "independent"]

@@ -10,15 +10,7 @@ from model.datasets.findings import shorten
 from model.datasets.layouts import fingerprint_dataset, fingerprint_parts, read_dataset
 from model.datasets.mixed import MixedDataset
 from model.datasets.tracklets import Dataset, Split
-from model.distillation import (
-    START,
-    DistillationConfig,
-    Teacher,
-    TeacherEmbeddings,
-    cache_embeddings,
-    load_teacher,
-    teach_by_checkpoint,
-)
+from model.distillation import DistillationConfig
 from model.embedder import Embedder
 from model.errors import TeacherError, TrainingError
 from model.evaluation import ClipChoice, evaluate_split, resolve_protocol
@@ -26,6 +18,8 @@ from model.evaluation_plan import read_choice
 from model.learner import start_network
 from model.recipe import RANDOM_START, Recipe
 from model.runs import RunFolder, describe_split
+from model.teacher import START, Teacher, load_teacher, teach_by_checkpoint
+from model.teacher_cache import TeacherEmbeddings, cache_embeddings
 from model.training import Job, Listener
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from model.augmentation import AugmentationConfig, augment
 from model.datasets.tracklets import Tracklet, natural_key
-from model.distillation import TeacherEmbeddings
 from model.errors import DatasetError, InvalidFramesError
 from model.frames import Clip, Preprocessing, choose_frames, read_frame
 from model.recipe import BatchConfig
 from model.samplers import Sampler
+from model.teacher_cache import TeacherEmbeddings
 
 _STREAM = 2  # see `model.samplers.STREAM`
 _MEMORY_SHARE = 0.25

@@ -26,7 +26,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.checkpoint import Checkpoint, make_checkpoint, save_checkpoint
 from model.datasets.tracklets import Split, Tracklet
-from model.distillation import TeacherEmbeddings
 from model.embedder import DTYPES, choose_device, choose_precision
 from model.errors import CheckpointError, DatasetError, InvalidFramesError, TrainingError
 from model.health import HealthWatch
@@ -46,6 +45,7 @@ from model.ranks import Ranks
 from model.recipe import BatchConfig, Recipe, recipe_values, without_places
 from model.runs import Moment, RunFolder
 from model.samplers import ClipSampler, PKSampler, Sampler
+from model.teacher_cache import TeacherEmbeddings
 
 LOG_EVERY_STEPS = 10
 ADVICE = (

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from model.datasets.tracklets import Split
-from model.distillation import TeacherEmbeddings
 from model.errors import TrainingError
 from model.experiment import Experiment, ask_teacher, make_job, run_folders, tell_oddities
 from model.ranks import Ranks, joined_ranks
 from model.runs import RECIPE
+from model.teacher_cache import TeacherEmbeddings
 from model.training import Listener, Trainer
 from model.training import Progress as Done
 

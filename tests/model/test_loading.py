@@ -8,11 +8,11 @@ from PIL import Image
 
 from model.augmentation import AugmentationConfig
 from model.datasets.tracklets import Tracklet
-from model.distillation import TeacherEmbeddings
 from model.frames import Preprocessing
 from model.loading import ClipLoader, FrameStore
 from model.recipe import BatchConfig
 from model.samplers import ClipSampler
+from model.teacher_cache import TeacherEmbeddings
 
 SIZE = Preprocessing(height=40, width=32)
 PLAIN = AugmentationConfig(flip=0)

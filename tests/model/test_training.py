@@ -19,11 +19,11 @@ from torch import nn
 
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.datasets.tracklets import Split, Tracklet
-from model.distillation import TeacherEmbeddings
 from model.errors import DatasetError, TrainingError
 from model.learner import Learner
 from model.recipe import Recipe, load_recipe
 from model.runs import RunFolder
+from model.teacher_cache import TeacherEmbeddings
 from model.training import Job, Listener, Progress, Trainer, count_cells
 
 ROOT = Path(__file__).resolve().parents[2]
