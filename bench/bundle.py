@@ -68,7 +68,8 @@ def shorten_head(
     Returns:
         The checkpoint, and which share of the squared length it keeps, in [0, 1].
     """
-    embedder = Embedder(checkpoint, device="cpu")
+    # In fp32, so that the same weights make the same file on every processor.
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32")
     clips = [read_frame(path, checkpoint.preprocessing)[None] for path in frames]
     embeddings = np.stack([one.embedding for one in embedder.embed(clips)]).astype(np.float64)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
@@ -78,8 +79,10 @@ def shorten_head(
     turned = directions[:, ::-1][:, :dim].T @ weight  # (dim, 2048)
     shorter = TrackletNet(dataclasses.replace(checkpoint.network.config, head=dim))
     shorter.load_state_dict(state | {"head.weight": torch.from_numpy(turned).float()})
-    made = make_checkpoint(shorter, checkpoint.preprocessing, checkpoint.provenance)
-    return made, float(shares[::-1][:dim].sum() / shares.sum())
+    share = float(shares[::-1][:dim].sum() / shares.sum())
+    packed = {"dim": dim, "of": len(shares), "squared_length_kept": round(share, 4)}
+    provenance = {**checkpoint.provenance, "packed": packed}
+    return make_checkpoint(shorter, checkpoint.preprocessing, provenance), share
 
 
 def training_frames(provenance: Mapping[str, Any], data: Path, most: int) -> list[Path]:

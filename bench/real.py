@@ -50,6 +50,8 @@ from model.teacher import load_teacher
 from model.teacher_cache import TeacherEmbeddings, cache_embeddings
 from model.training import Job, Listener, Trainer, make_sampler
 
+# Frames are averaged here as they are, and all rows share one pass of the teacher.
+NOT_MEASURED = ("network.unit", "network.temporal", "distillation.")
 SAVE_EVERY_S = 60.0
 TELL_EVERY_S = 20.0
 
@@ -380,6 +382,9 @@ def main() -> None:
     """Run what is missing, then print the tables."""
     parser = make_parser()
     arguments = parser.parse_args()
+    for setting in arguments.set:
+        if setting.startswith(NOT_MEASURED):
+            parser.error(f"--set: expected none of {', '.join(NOT_MEASURED)}, got {setting}")
     try:
         study = read_study(arguments)
         rows = choose_rows(arguments.rows, study)

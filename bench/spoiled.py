@@ -386,7 +386,9 @@ def _spoil_one(bank: Bank, condition: Condition, number: int) -> Spoiled:
         places = np.arange(start, start + count)
     spoiled = np.zeros(length, bool)
     spoiled[places] = True
-    strangers = draw_strangers(bank, number, count, rng, one=condition.kind == "switched")
+    strangers = list(frames[places])  # of those kinds that need none
+    if condition.kind not in LAID:
+        strangers = draw_strangers(bank, number, count, rng, one=condition.kind == "switched")
     for place, stranger in zip(places.tolist(), strangers, strict=True):
         how = condition.kind
         if how == "mixed":
@@ -414,6 +416,11 @@ def draw_strangers(
         for place, other in enumerate(bank.tracklets)
         if other.camera == own.camera and other.identity != own.identity
     ]
+    if not others:
+        raise SystemExit(
+            f"expected two tested people before camera {own.camera}, to put one in the other's "
+            f"place, got {own.identity} alone"
+        )
     clean = bank.states["clean"]
     if one:
         stranger = clean[int(rng.choice(others))]

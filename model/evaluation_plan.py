@@ -376,9 +376,11 @@ def find_subjects(source: Path, listener: EvaluationListener) -> list[Subject]:
 def _recipe_of(subject: Subject) -> object:
     """The recipe of a checkpoint: what came later than the file counts as left at its default."""
     values = subject.provenance.get("recipe")
+    if not isinstance(values, Mapping):
+        return values
     try:
         return without_places(parse_recipe(values))
-    except (RecipeError, TypeError, AttributeError):
+    except RecipeError:
         return values
 
 

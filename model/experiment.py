@@ -189,6 +189,12 @@ def _find_teacher(recipe: Recipe, config: DistillationConfig) -> Teacher:
     if recipe.start == RANDOM_START:
         raise TeacherError('expected weights to begin with, for the teacher "start", got random')
     network, _ = start_network(recipe, seed=0)
+    other, _ = start_network(recipe, seed=1)
+    if make_checkpoint(network).fingerprint != make_checkpoint(other).fingerprint:
+        raise TeacherError(
+            'expected weights for all of the network, for the teacher "start", got some that are '
+            f"drawn: {recipe.start} has another network.head"
+        )
     return teach_by_checkpoint(make_checkpoint(network, recipe.preprocessing))
 
 

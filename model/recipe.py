@@ -23,6 +23,7 @@ from model.errors import RecipeError
 from model.frames import Preprocessing
 from model.losses import LossConfig
 from model.network import NetworkConfig
+from model.teacher import START
 
 BUNDLED = Path(__file__).parent / "recipes"
 RANDOM_START = "random"
@@ -201,6 +202,11 @@ class Recipe:
             raise ValueError(
                 'batch.draw: expected "identities" for the triplet loss, which needs positives, '
                 'got "clips"'
+            )
+        if self.network.neck and self.distillation and self.distillation.teacher == START:
+            raise ValueError(
+                'network.neck: expected none with the teacher "start", which answers behind it '
+                "while a student is compared before it"
             )
         views = 1 if self.distillation is None else self.distillation.views
         if views > 1 and (self.loss.identity != "none" or self.loss.triplet):

@@ -52,7 +52,8 @@ def test_a_head_without_what_is_empty_keeps_every_distance(frames: list[Path]) -
     assert after.network.dim == 8
     assert kept == pytest.approx(1)
     assert distances(after, frames) == pytest.approx(distances(before, frames), abs=1e-4)
-    assert after.provenance == before.provenance
+    packed = {"dim": 8, "of": 24, "squared_length_kept": 1.0}
+    assert after.provenance == {**before.provenance, "packed": packed}
 
 
 def test_what_is_left_out_is_told(frames: list[Path]) -> None:

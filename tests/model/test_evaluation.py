@@ -822,9 +822,9 @@ def test_namesakes_are_tested_when_that_is_said(task: EvaluationTask, tmp_path: 
 def test_a_folder_of_nothing_but_namesakes_is_refused_with_the_way_out(
     task: EvaluationTask, tmp_path: Path
 ) -> None:
-    everybody = {"data": {**trained_on(task.dataset.splits[0])["data"]}}
-    everybody["data"]["train_identities"] = [f"p{number}" for number in range(8)]
-    save_run(tmp_path / "run", task.dataset.splits[0], **everybody)
+    everybody = {"train_identities": [f"p{number}" for number in range(8)]}
+    data = {**trained_on(task.dataset.splits[0])["data"], **everybody}
+    save_run(tmp_path / "run", task.dataset.splits[0], data=data)
 
     with pytest.raises(EvaluationError, match=r"8 more have the name .* say --allow-seen"):
         plan_units(unseen(task, tmp_path / "run", fingerprint="data-ffffffffffff"))

@@ -4,16 +4,27 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, make_checkpoint, save_checkpoint
 from model.cli import app
 from model.datasets.layouts import read_dataset
 from model.datasets.presets import preset_set
 from model.datasets.synthetic import write_set
-from model.errors import DatasetError, ModelError, RecipeError, TrainingError
-from model.experiment import choose_splits, run_folders
+from model.errors import DatasetError, ModelError, RecipeError, TeacherError, TrainingError
+from model.experiment import (
+    ask_teacher,
+    choose_splits,
+    make_job,
+    plan_experiment,
+    run_folders,
+)
+from model.frames import Preprocessing
+from model.network import NetworkConfig, TrackletNet
+from model.recipe import Recipe, load_recipe
 from model.runs import RunFolder
+from model.training import Listener, Trainer
 
 SMALL = [
     "network.backbone=conv5",
@@ -129,3 +140,55 @@ def test_a_single_run_lives_in_the_folder_itself(drawn: Path, tmp_path: Path) ->
     assert alone.path == tmp_path
     assert isinstance(alone, RunFolder)
     assert [folder.path.name for folder in several.values()] == ["split-0-seed-5", "split-1-seed-5"]
+
+
+FORGET_NOTHING = ("distillation.teacher=start", "distillation.projection=false", "network.head=8")
+
+
+def started(folder: Path, *settings: str) -> Recipe:
+    """A recipe that goes on from weights with a head of 8 numbers, taught by them."""
+    weights = folder / "first.safetensors"
+    torch.manual_seed(0)
+    network = TrackletNet(NetworkConfig(backbone="conv5", head=8))
+    save_checkpoint(make_checkpoint(network, Preprocessing(height=64, width=32)), weights)
+    return load_recipe("folder", [*SMALL, *FORGET_NOTHING, f"start={weights}", *settings])
+
+
+def test_what_a_run_begins_with_may_be_its_teacher(drawn: Path, tmp_path: Path) -> None:
+    """Before the first step the student stands where its teacher does."""
+    recipe = started(tmp_path, "data.layout=prid-2011", "augmentation.flip=0.0")
+    experiment = plan_experiment(recipe, drawn)
+    [split] = choose_splits(experiment.dataset, "0")
+    teacher = ask_teacher(experiment, [split], tmp_path / "said", Listener())
+    job = make_job(experiment, split, seed=3, device="cpu", listener=Listener(), save_every_s=99,
+                   teacher=teacher)  # fmt: skip
+    trainer = Trainer(job, RunFolder(tmp_path / "run"))
+    trainer.learner.network.eval()
+
+    batch = next(trainer.loader.epoch(0))
+    learned = trainer.learner(batch.clips, trainer._teach(batch))
+
+    assert learned.distilled.embedding.item() == pytest.approx(0, abs=1e-3)
+
+
+def test_a_teacher_that_would_be_drawn_is_refused(drawn: Path, tmp_path: Path) -> None:
+    """With another head than that of the weights, what it says would come from nowhere."""
+    recipe = started(tmp_path, "data.layout=prid-2011", "network.head=16")
+    experiment = plan_experiment(recipe, drawn)
+
+    with pytest.raises(TeacherError, match=r"has another network\.head"):
+        ask_teacher(experiment, experiment.dataset.splits[:1], tmp_path / "said", Listener())
+
+
+def test_random_weights_are_no_teacher(drawn: Path, tmp_path: Path) -> None:
+    recipe = started(tmp_path, "data.layout=prid-2011", "start=random")
+    experiment = plan_experiment(recipe, drawn)
+
+    with pytest.raises(TeacherError, match="expected weights to begin with"):
+        ask_teacher(experiment, experiment.dataset.splits[:1], tmp_path / "said", Listener())
+
+
+def test_a_neck_does_not_go_with_what_a_run_begins_with(tmp_path: Path) -> None:
+    """Teacher and student would be compared on two sides of it."""
+    with pytest.raises(RecipeError, match="expected none with the teacher"):
+        started(tmp_path, "network.neck=true")
