@@ -45,7 +45,7 @@ from model.ranks import Ranks
 from model.recipe import BatchConfig, Recipe, recipe_values, without_places
 from model.runs import Moment, RunFolder
 from model.samplers import ClipSampler, PKSampler, Sampler
-from model.teacher_cache import TeacherEmbeddings
+from model.teacher_cache import VIEWS_FORMAT, TeacherEmbeddings
 
 LOG_EVERY_STEPS = 10
 ADVICE = (
@@ -311,14 +311,17 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         """What decides the weights besides the recipe."""
-        teacher = None if self.job.teacher is None else self.job.teacher.teacher
-        return {
+        teacher = self.job.teacher
+        facts = {
             "seed": self.job.seed,
             "data": dict(self.job.data),
             "ranks": self.ranks.count,
-            "teacher": teacher,
+            "teacher": None if teacher is None else teacher.teacher,
             "start": self._start,
         }
+        if teacher is not None and teacher.views > 1:
+            facts["looks"] = VIEWS_FORMAT
+        return facts
 
     def _compare_threads(self) -> None:
         before = self.folder.read_facts().get("versions", {}).get("threads")

@@ -631,3 +631,14 @@ def test_a_student_is_told_of_the_very_looks_that_it_sees(people: Split, tmp_pat
     ):
         frames = [trainer.tracklets[number].frames[place] for place in places]
         assert np.array_equal(row.numpy(), teacher.of(frames, views))
+
+
+def test_a_run_does_not_go_on_with_looks_that_are_drawn_otherwise(
+    people: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, teacher = looking(people)
+    train(options, people, tmp_path / "run", StopAt(1), teacher=teacher)
+    monkeypatch.setattr("model.training.VIEWS_FORMAT", 99)
+
+    with pytest.raises(TrainingError, match="its looks is 3 and now it would be 99"):
+        train(options, people, tmp_path / "run", teacher=teacher)
