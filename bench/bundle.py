@@ -1,6 +1,6 @@
 """The bundled weights, and what the documentation shows of their training, from finished runs.
 
-    .venv/bin/python -m bench.bundle run-1 run-2 run-3 --data mix
+    .venv/bin/python -m bench.bundle run-1 run-2 --data mix
 
 The runs are the stages in order; the last one's checkpoint is stored in half precision. Its
 embeddings are turned so that --dim numbers keep as much of their length as they can, on frames of

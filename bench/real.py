@@ -26,8 +26,6 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from bench.real_measuring import Ruler
 from bench.real_rows import (
     QUARTERS,
@@ -244,8 +242,6 @@ class Bench:
             teacher=self._teach() if row.taught else None,
         )
         job = replace(job, measure=self._measurer(split))
-        # A head around given weights is drawn from PyTorch's own generator.
-        torch.manual_seed(job.seed)
         trainer = StepTrainer(job, folder, steps=self.study.steps, listener=listener)
         product = trainer.run()
         if product is None:

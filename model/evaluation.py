@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, Protocol, get_args
 
@@ -239,7 +239,7 @@ def embed_with_attention(
 
 def used_frames(tracklet: Tracklet, choice: ClipChoice, seed: int = 0) -> list[int]:
     """Return the positions of the different frames that make an embedding."""
-    return list(dict.fromkeys(choice.positions(tracklet, seed)))
+    return replace(choice, wraps=False).positions(tracklet, seed)
 
 
 def euclidean_distances(queries: Vectors, gallery: Vectors) -> NDArray[np.float64]:

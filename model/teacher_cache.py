@@ -313,7 +313,6 @@ def _resume(
             return _read(part, listing, (len(rows), teacher.dim))
         except TeacherError:
             part.unlink(missing_ok=True)  # cut short, or of other chunks: it is made again
-    if pixels is None:
         looks = [_show(listing, teacher, row) for row in rows]
     else:
         looks = [one.result() for one in pixels]

@@ -10,13 +10,17 @@ from types import FrameType
 import uvicorn
 
 from index.embedded import EmbeddedGallery
-from model.checkpoint import Checkpoint, load_checkpoint, untrained_checkpoint
+from model.checkpoint import (
+    BUNDLED_FILE,
+    Checkpoint,
+    load_checkpoint,
+    untrained_checkpoint,
+)
 from model.embedder import Embedder
 from service.app import create_app
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
-BUNDLED = Path(__file__).parent.parent / "weights" / "passerby.safetensors"
 
 
 def choose_checkpoint(weights: Path | None) -> Checkpoint:
@@ -27,8 +31,8 @@ def choose_checkpoint(weights: Path | None) -> Checkpoint:
     """
     if weights is not None:
         return load_checkpoint(weights)
-    if BUNDLED.is_file():
-        return load_checkpoint(BUNDLED)
+    if BUNDLED_FILE.is_file():
+        return load_checkpoint(BUNDLED_FILE)
     log.warning(
         "no trained weights: PASSERBY_WEIGHTS names no checkpoint and none is bundled yet, so this "
         "runs on untrained, seeded weights, which tell people apart by rough colours at best"
