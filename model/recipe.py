@@ -24,6 +24,7 @@ from model.frames import Preprocessing
 from model.losses import LossConfig
 from model.network import NetworkConfig
 from model.teacher import START
+from model.within_class import WithinClassConfig
 
 BUNDLED = Path(__file__).parent / "recipes"
 RANDOM_START = "random"
@@ -89,7 +90,7 @@ class OptimiserConfig:
     """Adam and its schedule; an epoch is one pass over the training identities, or frames.
 
     Args:
-        epochs: How many.
+        epochs: How many; 0 only where ``[within_class]`` is all that is done.
         rate: Learning rate.
         decay: Weight decay, added to the gradient (L2).
         schedule: "steps" is as follows; "cosine" lets the rate fall to 0 over the whole run, along
@@ -117,8 +118,8 @@ class OptimiserConfig:
     sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs: expected at least 1, got {self.epochs}")
+        if self.epochs < 0:
+            raise ValueError(f"epochs: expected 0 or more, got {self.epochs}")
         if self.rate <= 0:
             raise ValueError(f"rate: expected a positive number, got {self.rate}")
         for name in ("decay", "warmup_epochs", "clip_norm"):
@@ -192,10 +193,20 @@ class Recipe:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     distillation: DistillationConfig | None = None
+    within_class: WithinClassConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name: expected a name, got an empty one")
+        if not self.optimiser.epochs and self.within_class is None:
+            raise ValueError(
+                "optimiser.epochs: expected at least 1, or a table [within_class], got 0 without it"
+            )
+        if self.within_class is not None and (not self.network.head or self.network.neck):
+            raise ValueError(
+                "within_class: expected a network with a head and without a neck, which the head's "
+                f"weights can carry it for, got head {self.network.head}, neck {self.network.neck}"
+            )
         if self.network.neck and self.loss.identity == "none":
             raise ValueError("network.neck: expected an identity loss to train it, got none")
         if self.batch.draw == "clips" and self.loss.triplet:

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.checkpoint import Checkpoint, make_checkpoint, save_checkpoint
 from model.datasets.tracklets import Split, Tracklet
-from model.embedder import DTYPES, choose_device, choose_precision
+from model.embedder import DTYPES, Embedder, choose_device, choose_precision
 from model.errors import CheckpointError, DatasetError, InvalidFramesError, TrainingError
 from model.health import HealthWatch
 from model.learner import Learned, Learner, start_network
@@ -46,6 +46,7 @@ from model.recipe import BatchConfig, Recipe, recipe_values, without_places
 from model.runs import Moment, RunFolder
 from model.samplers import ClipSampler, PKSampler, Sampler
 from model.teacher_cache import VIEWS_FORMAT, TeacherEmbeddings
+from model.within_class import WithinClassConfig, normalise_head, twice_seen
 
 LOG_EVERY_STEPS = 10
 ADVICE = (
@@ -111,6 +112,9 @@ class Listener:
 
     def loaded(self, done: int, total: int) -> None:
         """While frames are decoded before the first step."""
+
+    def normalised(self, done: int, total: int) -> None:
+        """While frames are embedded for `model.within_class`, after the last step."""
 
     def said(self, text: str) -> None:
         """Something worth a line."""
@@ -209,6 +213,8 @@ class Trainer:
             self.device = torch.device("cuda", self.ranks.local)
         self.precision = choose_precision(recipe.optimiser.precision, self.device)
         self.tracklets = usable_tracklets(job.split, self.listener)
+        if recipe.within_class is not None:
+            twice_seen(self.tracklets)  # rather now than after the last step
         sampler = make_sampler(self.tracklets, recipe.batch, job.seed, self.ranks)
         frames = [path for one in self.tracklets for path in one.frames]
         self.store = FrameStore(frames, recipe.preprocessing, sharers=self.ranks.count)
@@ -241,6 +247,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.moment = Moment()
+        self._kept: Checkpoint | None = None
         self._stop: int | None = None
         self._window = _Window()
         self._health = HealthWatch(
@@ -500,13 +507,20 @@ class Trainer:
         if self.ranks.is_first and not self._is_measured(epoch):
             measured = dict(self.job.measure(self._product()))
             self._log({"epoch": epoch, "measured": epoch, **measured})
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
-            self.listener.said(f"after epoch {epoch}: {shown}")
+            self.listener.said(f"after epoch {epoch}: {_shown(measured)}")
+        ends_normalised = last and self.recipe.within_class is not None
+        if ends_normalised and self.ranks.is_first and not self._is_measured(epoch, True):
+            measured = dict(self.job.measure(self._finished()))
+            self._log({"epoch": epoch, "measured": epoch, "normalised": True, **measured})
+            self.listener.said(f"normalised: {_shown(measured)}")
         self.ranks.wait()
 
-    def _is_measured(self, epoch: int) -> bool:
+    def _is_measured(self, epoch: int, normalised: bool = False) -> bool:
         """Whether that was done, and logged, before an interruption."""
-        return any(row.get("measured") == epoch for row in self.folder.read_log())
+        return any(
+            row.get("measured") == epoch and row.get("normalised", False) == normalised
+            for row in self.folder.read_log()
+        )
 
     def _product(self) -> Checkpoint:
         """The network as it would be kept now, on the CPU."""
@@ -524,12 +538,34 @@ class Trainer:
         }
         return make_checkpoint(network, self.recipe.preprocessing, provenance)
 
+    def _finished(self) -> Checkpoint:
+        """What is kept after the last step: the network, normalised if the recipe says so."""
+        if self._kept is None:
+            self._kept = self._product()
+            config = self.recipe.within_class
+            if config is not None:
+                self._kept = self._normalised(self._kept, config)
+        return self._kept
+
+    def _normalised(self, made: Checkpoint, config: WithinClassConfig) -> Checkpoint:
+        embedder = Embedder(made, device=str(self.device), precision=self.precision)
+        people = normalise_head(
+            made.network,
+            embedder,
+            self.tracklets,
+            config,
+            lambda one, n: self.store.read(one.frames[n]),
+            self.listener.normalised,
+        )
+        provenance = {**made.provenance, "normalised_by_people": people}
+        return make_checkpoint(made.network, made.preprocessing, provenance)
+
     def _finish(self) -> Path:
         if self.ranks.is_first:
             # Before the state goes, because a full disk may refuse it.
             self._save()
             try:
-                save_checkpoint(self._product(), self.folder.product)
+                save_checkpoint(self._finished(), self.folder.product)
             except CheckpointError as error:
                 raise TrainingError(
                     f"{error}; the run is saved, the same command writes it again"
@@ -688,6 +724,10 @@ def _measured(
         measured["similarity"] = learned.distilled.similarity
         measured["embedding"] = learned.distilled.embedding
     return measured
+
+
+def _shown(measured: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in measured.items())
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -61,6 +61,10 @@ class ConsoleListener(Listener):
         """While frames are decoded before the first step."""
         self._show(f"{self._title}: decoding", done, total, f"{done}/{total} frames")
 
+    def normalised(self, done: int, total: int) -> None:
+        """While frames are embedded for the normalisation of the head, after the last step."""
+        self._show(f"{self._title}: normalising", done, total, f"{done}/{total} frames")
+
     def progress(self, progress: Done) -> None:
         """After each step."""
         facts = (

@@ -58,6 +58,12 @@ class MixedDataset(Dataset):
         }
 
 
+def part_of(identity: str) -> str:
+    """The part of a mix that an identity belongs to; "" outside of a mix."""
+    part, slash, _ = identity.partition("/")
+    return part if slash else ""
+
+
 def join_surveys(root: Path, parts: Mapping[str, Part], findings: Sequence[Finding]) -> MixedSurvey:
     """Put the parts of a mix together.
 

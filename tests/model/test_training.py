@@ -22,7 +22,7 @@ from model.datasets.tracklets import Split, Tracklet
 from model.errors import DatasetError, TrainingError
 from model.learner import Learner
 from model.recipe import Recipe, load_recipe
-from model.runs import RunFolder
+from model.runs import STATE, RunFolder
 from model.teacher_cache import TeacherEmbeddings
 from model.training import Job, Listener, Progress, Trainer, count_cells
 
@@ -226,11 +226,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(people: Split, tmp_path: Path)
     killed, kills = tmp_path / "killed", 0
     for steps in (3, 17, 30):
         process = subprocess.Popen([*command, "--output", str(killed)], env=environment, cwd=ROOT)
-        while process.poll() is None and _saved_step(killed) < steps:
-            pass
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
+        try:
+            while process.poll() is None and _saved_step(killed) < steps:
+                pass
+            kills += process.poll() is None
+        finally:
+            process.kill()
+            process.wait()
     subprocess.run([*command, "--output", str(killed)], check=True, env=environment, cwd=ROOT)
 
     assert kills == 3
@@ -238,8 +240,77 @@ def test_a_killed_run_goes_on_to_the_same_weights(people: Split, tmp_path: Path)
 
 
 def _saved_step(folder: Path) -> int:
-    state = RunFolder(folder).load_state()
-    return 0 if state is None else state[1].step
+    """Of the saved state, which another process may replace meanwhile: so it is opened once."""
+    try:
+        with (folder / STATE).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except FileNotFoundError:
+        return 0
+    _, _, step, _ = json.loads(header["__metadata__"]["moment"])
+    return int(step)
+
+
+NORMALISED = ("network.head=8", "network.unit=true", "within_class.frames=2")
+
+
+def test_a_run_ends_with_its_head_normalised(people: Split, tmp_path: Path) -> None:
+    """Only the head differs from the same run without; nothing in it is longer."""
+    plain = train(recipe(*NORMALISED[:2]), people, tmp_path / "plain")
+    product = train(recipe(*NORMALISED), people, tmp_path / "normalised")
+    assert product is not None
+
+    before, after = weights(plain), weights(product)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.weight"}
+    assert after["head.weight"].norm() < before["head.weight"].norm()
+    assert load_checkpoint(product).provenance["normalised_by_people"] == {"": 6}
+
+
+def test_a_run_without_a_step_normalises_what_it_begins_with(people: Split, tmp_path: Path) -> None:
+    begun = train(recipe(*NORMALISED[:2]), people, tmp_path / "begun")
+    product = train(
+        recipe(*NORMALISED, "optimiser.epochs=0", f"start={begun}", "monitor.every_epochs=1"),
+        people,
+        tmp_path / "run",
+        measure=lambda made: {"length": float(made.network.head.weight.detach().norm())},
+    )
+
+    assert product is not None
+    assert not same(weights(begun), weights(product))
+    assert same(
+        {k: v for k, v in weights(begun).items() if k != "head.weight"},
+        {k: v for k, v in weights(product).items() if k != "head.weight"},
+    )
+    told = [row for row in RunFolder(tmp_path / "run").read_log() if "measured" in row]
+    assert [row.get("normalised", False) for row in told] == [False, True]
+    assert told[1]["length"] < told[0]["length"]
+
+
+def test_a_run_that_ends_while_it_normalises_does_so_again(people: Split, tmp_path: Path) -> None:
+    class Full(Listener):
+        def normalised(self, done: int, total: int) -> None:
+            raise OSError(errno.ENOSPC, f"no room after {done} of {total}")
+
+    options = recipe(*NORMALISED)
+    whole = train(options, people, tmp_path / "whole")
+    with pytest.raises(OSError, match="no room"):
+        train(options, people, tmp_path / "broken", Full())
+
+    again = train(options, people, tmp_path / "broken")
+
+    assert same(weights(whole), weights(again))
+
+
+def test_people_of_one_camera_each_are_refused_before_the_first_step(
+    people: Split, tmp_path: Path
+) -> None:
+    train_half = [replace(one, camera=f"c{int(one.identity[1:]) % 2}") for one in people.train]
+    alone = replace(people, train=tuple(train_half))
+
+    with pytest.raises(DatasetError, match="at least two cameras saw, got 6 identities"):
+        train(recipe(*NORMALISED), alone, tmp_path / "run")
+
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_left_as_it_is(people: Split, tmp_path: Path) -> None:
