@@ -245,19 +245,27 @@ def main() -> None:
 def open_model(path: Path, dataset: Dataset, device: str) -> tuple[Eye, Split]:
     """A model that embeds frames, and those of a data set whom it was not trained on."""
     if path.suffix.lower() in (".xml", ".onnx"):
-        teacher = load_teacher(path)
-        eye = Eye(teacher.fingerprint, teacher.preprocessing, teacher.embed)
-        return eye, divide_unseen(dataset.tracklets, ())
-    checkpoint = load_checkpoint(path)
+        return teacher_eye(path), divide_unseen(dataset.tracklets, ())
     task = EvaluationTask(path, dataset, fingerprint_dataset(dataset), Path(), splits=("unseen",))
     [unit] = plan_units(task)
+    return checkpoint_eye(load_checkpoint(path), device), unit.split
+
+
+def teacher_eye(path: Path) -> Eye:
+    """A teacher, which takes frames as its file says and embeds each alone."""
+    teacher = load_teacher(path)
+    return Eye(teacher.fingerprint, teacher.preprocessing, teacher.embed)
+
+
+def checkpoint_eye(checkpoint: Checkpoint, device: str) -> Eye:
+    """A network of ours, which embeds each frame alone."""
     embedder = Embedder(frame_checkpoint(checkpoint), device=device)
 
     def embed(crops: Clip) -> Vectors:
         return np.stack([one.embedding for one in embedder.embed([crop[None] for crop in crops])])
 
     name = f"{checkpoint.fingerprint}-{embedder.precision}"
-    return Eye(name, checkpoint.preprocessing, embed), unit.split
+    return Eye(name, checkpoint.preprocessing, embed)
 
 
 def frame_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
