@@ -288,16 +288,17 @@ class Bench:
 
 
 def read_curve(folder: RunFolder) -> list[Json]:
-    """The measured points of a run; ``time_s`` without the time that measuring took."""
-    curve, measuring = [], 0.0
+    """The measured points of a run, what was kept last; ``time_s`` without that of measuring."""
+    curve, measuring = {}, 0.0
     for line in folder.read_log():
         if "measured" not in line:
             continue
         measuring += line["measure_s"]
         values = {name: value for name, value in line.items() if "/" in name}
         time_s = round(max(0.0, line["time_s"] - measuring), 1)
-        curve.append({"step": line["step"], "time_s": time_s, **values})
-    return curve
+        # A run that ends by normalising its head is measured at its last step once more.
+        curve[line["step"]] = {"step": line["step"], "time_s": time_s, **values}
+    return list(curve.values())
 
 
 def seconds_left(rows: Iterable[Row], results: Iterable[Json]) -> float:

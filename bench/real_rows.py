@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ TAUGHT_ALONE = (
     "batch.identities={clips}",
     "batch.frames=1",
 )
+NORMALISED = (*TAUGHT_ALONE, "within_class.frames=8")
 TAUGHT_BESIDE = (
     "network.head={dim}",
     "distillation.projection=false",
@@ -98,6 +99,10 @@ def trained_rows(start: Start) -> list[Row]:
     return [
         row("default", "the default reading"),
         row("distilled", "teacher alone, single crops", *TAUGHT_ALONE, taught=True),
+        replace(
+            row("distilled-normalised", "the same, cameras discounted", *NORMALISED, taught=True),
+            beside=f"{start}-distilled",
+        ),
         row("distilled-losses", "teacher, CE and triplet", *TAUGHT_BESIDE, taught=True),
         row("no-reg", "without the temporal term", "loss.regulariser=none"),
         row("strong", "the strong recipe", *strong, recipe="folder-strong"),

@@ -84,7 +84,7 @@ def test_both_starts_have_the_same_rows() -> None:
     }
 
     assert rows["random"] == rows["imagenet"]
-    assert len(rows["random"]) == len(READINGS) + 11
+    assert len(rows["random"]) == len(READINGS) + 12
 
 
 def test_rows_without_their_file_are_left_out() -> None:
