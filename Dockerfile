@@ -34,10 +34,12 @@ COPY constraints.txt .
 RUN pip install --no-cache-dir --root-user-action=ignore --disable-pip-version-check \
       --requirement requirements.txt --constraint constraints.txt
 
-# What .dockerignore lets through. Installed in place, so that the weights beside the code are found.
+# What .dockerignore lets through. Installed in place, so that the weights beside the code are found. A checkout made
+# under a strict umask is nobody else's to read, and the service is not root: only such files are changed.
 COPY . .
 RUN pip install --no-cache-dir --root-user-action=ignore --disable-pip-version-check \
       --no-deps --no-build-isolation --editable . \
+ && find . ! -perm -o=r -exec chmod a+rX {} + \
  && python -m compileall -q model index service
 
 ENV PYTHONUNBUFFERED=1 \

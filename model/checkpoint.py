@@ -105,14 +105,15 @@ def find_checkpoint(given: str | Path) -> Path:
         given: A path, or the word. A file of that very name is meant by ``./bundled``, as a string.
 
     Raises:
-        CheckpointError: The word was given, and there is no such file.
+        CheckpointError: The word was given, and the file that came with Passerby is gone.
     """
     if str(given) != BUNDLED:
         return Path(given)
     if not BUNDLED_FILE.is_file():
         raise CheckpointError(
-            f"expected Passerby's own weights, got nothing at {BUNDLED_FILE}; name a checkpoint of "
-            "your own instead"
+            f"expected the weights that come with Passerby, got nothing at {BUNDLED_FILE}; restore "
+            "the file from the repository, or name a checkpoint of your own (`passerby serve` also "
+            "takes `--weights untrained`)"
         )
     return BUNDLED_FILE
 

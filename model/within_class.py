@@ -37,7 +37,7 @@ class WithinClassConfig:
         frames: Of each tracklet, evenly.
     """
 
-    ridge: float = 0.01
+    ridge: float = 0.1
     frames: int = 8
 
     def __post_init__(self) -> None:
@@ -129,7 +129,8 @@ def discount(covariance: Matrix, ridge: float) -> Matrix:
     if not largest:
         return np.eye(len(covariance))
     lengths = (variances / (ridge * largest) + 1) ** -0.5
-    return (directions * lengths) @ directions.T
+    discounted: Matrix = (directions * lengths) @ directions.T
+    return discounted
 
 
 def normalise_head(

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from index.gallery import GalleryError, GroupBy
 from model import cli as model_commands
+from model.checkpoint import BUNDLED
 from model.errors import ModelError
 from service.client import Client, ClientError, read_local
 from service.demo import run_demo
@@ -213,7 +214,9 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for tracklets and picture.")] = Path("demo"),
     identities: Annotated[int, typer.Option(min=2, max=400, help="How many people.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint to serve.")] = None,
+    weights: Annotated[
+        str, typer.Option(help="Checkpoint to serve: a file, or bundled, or untrained.")
+    ] = BUNDLED,
 ) -> None:
     """Draw people, enrol them from one camera, find them again in another."""
     run_demo(output, identities, seed, _out, weights)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from model.checkpoint import BUNDLED
 from model.cli import draw_to
 from model.datasets.folder import read_folder
 from model.datasets.synthetic import SyntheticSet
@@ -59,8 +61,13 @@ class Found:
 
 
 @contextmanager
-def serving(data_dir: Path, console: Console, weights: Path | None = None) -> Iterator[str]:
+def serving(data_dir: Path, console: Console, weights: str = BUNDLED) -> Iterator[str]:
     """Run the service in a process of its own; yields its address.
+
+    Args:
+        data_dir: Of its gallery.
+        console: Where to print.
+        weights: What to serve, as in the settings.
 
     Raises:
         ClientError: It did not become ready.
@@ -69,8 +76,7 @@ def serving(data_dir: Path, console: Console, weights: Path | None = None) -> It
     # A demo of the defaults: what the caller's environment says about a real service stays out.
     environment = {n: v for n, v in os.environ.items() if not n.upper().startswith("PASSERBY_")}
     command = [sys.executable, "-m", "service.cli", "serve"]
-    command += ["--port", str(port), "--data-dir", str(data_dir)]
-    command += [] if weights is None else ["--weights", str(weights)]
+    command += ["--port", str(port), "--data-dir", str(data_dir), "--weights", weights]
     # A file, not a pipe: a pipe that nobody reads fills up and stops the service.
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed when it has been read
     process = subprocess.Popen(  # noqa: S603 our own command
@@ -93,8 +99,13 @@ def serving(data_dir: Path, console: Console, weights: Path | None = None) -> It
         log.seek(0)
         with log:
             for line in log:
-                if "WARNING" in line or "ERROR" in line:
-                    console.print(f"[yellow]the service said:[/] {line.strip()}", highlight=False)
+                # The last is how a command ends that could not begin.
+                if "WARNING" in line or "ERROR" in line or line.startswith("passerby:"):
+                    console.print(
+                        f"[yellow]the service said:[/] {escape(line.strip())}",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
 
 
 def _free_port() -> int:
@@ -117,7 +128,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", address: str) -> None:
 
 
 def run_demo(
-    output: Path, identities: int, seed: int, console: Console, weights: Path | None = None
+    output: Path, identities: int, seed: int, console: Console, weights: str = BUNDLED
 ) -> float:
     """Draw people, enrol camera 1, query camera 2, print the ranking and write a picture.
 
@@ -127,7 +138,7 @@ def run_demo(
         identities: How many people.
         seed: Of the drawing.
         console: Where to print.
-        weights: Checkpoint to serve; the service's default where None.
+        weights: What to serve, as in the settings.
 
     Returns:
         Rank-1: the share of queries whose first rank is the right identity.
@@ -154,7 +165,8 @@ def run_demo(
     console.print(_table(found))
     console.print(
         f"rank-1: {rank_1:.0%} of {len(found)} people of camera {QUERIED} came back first "
-        f"among the {identities} of camera {ENROLLED} (chance: {1 / identities:.0%})"
+        f"among the {identities} of camera {ENROLLED} (chance: {1 / identities:.0%}), "
+        f"by model {found[0].answer['model']}"
     )
     console.print(f"picture: {picture}")
     console.print(

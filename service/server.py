@@ -4,40 +4,41 @@ import contextlib
 import logging
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from index.embedded import EmbeddedGallery
 from model.checkpoint import (
-    BUNDLED_FILE,
     Checkpoint,
+    find_checkpoint,
     load_checkpoint,
     untrained_checkpoint,
 )
 from model.embedder import Embedder
 from service.app import create_app
-from service.settings import Settings
+from service.settings import UNTRAINED, Settings
 
 log = logging.getLogger(__name__)
 
 
-def choose_checkpoint(weights: Path | None) -> Checkpoint:
-    """The checkpoint of the settings, else the bundled one, else untrained weights and a warning.
+def choose_checkpoint(weights: str) -> Checkpoint:
+    """The checkpoint that the settings ask for; nothing is downloaded.
+
+    Args:
+        weights: A path, ``bundled``, or ``untrained``, which is told as a warning.
 
     Raises:
-        CheckpointError: The file is missing or damaged.
+        CheckpointError: The file is missing or damaged. That never leads to untrained weights: a
+            service that answers and finds nobody is worse than one that does not start.
     """
-    if weights is not None:
-        return load_checkpoint(weights)
-    if BUNDLED_FILE.is_file():
-        return load_checkpoint(BUNDLED_FILE)
-    log.warning(
-        "no trained weights: PASSERBY_WEIGHTS names no checkpoint and none is bundled yet, so this "
-        "runs on untrained, seeded weights, which tell people apart by rough colours at best"
-    )
-    return untrained_checkpoint()
+    if weights == UNTRAINED:
+        log.warning(
+            "no trained weights, as PASSERBY_WEIGHTS asks: these are untrained and seeded and tell "
+            "people apart by rough colours at best"
+        )
+        return untrained_checkpoint()
+    return load_checkpoint(find_checkpoint(weights))
 
 
 class _Server(uvicorn.Server):

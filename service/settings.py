@@ -8,8 +8,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from model.checkpoint import BUNDLED
+
 PREFIX = "PASSERBY_"
 MIB = 1024 * 1024
+UNTRAINED = "untrained"
 
 
 class InvalidSettingsError(Exception):
@@ -74,8 +77,11 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     data_dir: Path = Field(Path("data"), description="Where the gallery lives; made if missing.")
-    weights: Path | None = Field(
-        None, description="Checkpoint to serve; untrained seeded weights where none is given."
+    weights: str = Field(
+        BUNDLED,
+        min_length=1,
+        description=f"Checkpoint to serve: a file; {BUNDLED} for the one that comes with Passerby; "
+        f"{UNTRAINED} for seeded weights that find nobody.",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from model.checkpoint import BUNDLED_FILE
 from model.cli import draw_to
 from model.datasets.folder import read_folder
 from model.datasets.synthetic import SyntheticSet
@@ -78,6 +79,45 @@ def test_image_runs_as_a_numbered_user_that_is_not_root() -> None:
     assert int(uid) > 0
     assert int(gid) > 0
     assert user > last_run
+
+
+def lines_of(name: str) -> list[str]:
+    """A file's lines that say something."""
+    return [
+        line
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+
+
+def test_image_gets_the_bundled_weights_and_no_others() -> None:
+    """Somebody's own checkpoints lie in the same folder."""
+    let_through = [line for line in lines_of(".dockerignore") if line.startswith("!weights")]
+
+    assert "*" in lines_of(".dockerignore")
+    assert let_through == [f"!{BUNDLED_FILE.relative_to(ROOT)}"]
+
+
+def test_image_lets_its_user_read_what_a_strict_umask_made() -> None:
+    """COPY keeps modes, and a checkout under umask 077 is for its owner alone."""
+    install = instructions()[position(lambda line: "--no-deps" in line)]
+
+    assert "find . ! -perm -o=r -exec chmod a+rX {} +" in install
+
+
+def test_git_keeps_the_bundled_weights_and_no_others() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout")
+    others = BUNDLED_FILE.with_name("mine.safetensors")
+
+    kept, ignored = (
+        subprocess.run(
+            ["git", "check-ignore", "--quiet", "--no-index", str(path)], cwd=ROOT, check=False
+        )
+        for path in (BUNDLED_FILE, others)
+    )
+
+    assert (kept.returncode, ignored.returncode) == (1, 0)
 
 
 def test_image_starts_the_service_without_a_shell() -> None:

@@ -244,10 +244,11 @@ def command(*words: str, **environment: str) -> "subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 def test_expected_errors_are_one_line_and_status_1(tmp_path: Path) -> None:
+    serve_anyhow = ("serve", "--weights", "untrained")
     cases = [
         command("serve", PASSERBY_PROT="80"),
         command("serve", "--weights", str(tmp_path / "none.safetensors")),
-        command("serve", "--index", "nonsense", "--data-dir", str(tmp_path / "data")),
+        command(*serve_anyhow, "--index", "nonsense", "--data-dir", str(tmp_path / "data")),
         command("query", str(tmp_path / "nowhere")),
     ]
 
@@ -262,14 +263,25 @@ def test_expected_errors_are_one_line_and_status_1(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_demo_finds_people_and_stops_cleanly(tmp_path: Path) -> None:
     """Everything at once: draw, serve, enrol, query, print, picture, stop."""
-    done = command("demo", "--output", str(tmp_path / "demo"), "--identities", "3")
+    words = ("demo", "--output", str(tmp_path / "demo"), "--identities", "3")
+    done = command(*words, "--weights", "untrained")
 
     assert done.returncode == 0, done.stderr
     assert "rank-1:" in done.stdout
+    assert "by model trsa-" in done.stdout
     assert done.stdout.count("untrained") == 1
     assert "/docs" in done.stdout
     with Image.open(tmp_path / "demo" / "answer.png") as picture:
         assert picture.size[0] > 600
+
+
+@pytest.mark.slow
+def test_the_demo_says_why_the_service_did_not_start(tmp_path: Path) -> None:
+    words = ("demo", "--output", str(tmp_path / "demo"), "--identities", "2")
+    done = command(*words, "--weights", str(tmp_path / "none.safetensors"))
+
+    assert done.returncode == 1
+    assert f"nothing at {tmp_path / 'none.safetensors'}" in done.stdout
 
 
 def test_the_demo_never_removes_a_folder_that_it_did_not_make(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "HOST": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - only read
     "PORT": ("8001", 8001),
     "DATA_DIR": ("/srv/data", Path("/srv/data")),
-    "WEIGHTS": ("/srv/w.safetensors", Path("/srv/w.safetensors")),
+    "WEIGHTS": ("/srv/w.safetensors", "/srv/w.safetensors"),
     "DEVICE": ("cuda:1", "cuda:1"),
     "PRECISION": ("bf16", "bf16"),
     "FRAMES_PER_TRACKLET": ("8", 8),
@@ -80,6 +80,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
 
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert settings.data_dir == Path("data")
+    assert settings.weights == "bundled"
     assert (settings.device, settings.precision) == ("auto", "auto")
     assert (settings.frames_per_tracklet, settings.sampling) == (15, "even")
     assert settings.index == "Flat"
@@ -101,7 +102,8 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch, name: s
     ("name", "text"),
     [("PORT", "eighty"), ("PORT", "70000"), ("PRECISION", "int8"), ("THRESHOLD", "nan"),
      ("THRESHOLD", "-1"), ("BATCH__MAX_FRAMES", "0"), ("QUEUE__DEADLINE_S", "0"),
-     ("LIMITS__FRAMES", "many"), ("LOG_FORMAT", "xml"), ("THUMBNAILS", "perhaps")],
+     ("LIMITS__FRAMES", "many"), ("LOG_FORMAT", "xml"), ("THUMBNAILS", "perhaps"),
+     ("WEIGHTS", "")],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str, text: str
