@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.real_rows import CHOICES
-from bench.spoiled import Eye, checkpoint_eye, teacher_eye
+from bench.spoiled import Eye, checkpoint_eye, teacher_eye, unseen_split
 from model.checkpoint import (
     Checkpoint,
     backbone_checkpoint,
@@ -35,8 +35,8 @@ from model.checkpoint import (
     make_checkpoint,
     untrained_checkpoint,
 )
-from model.datasets.layouts import fingerprint_dataset, read_dataset
-from model.datasets.tracklets import Dataset, Split, Tracklet
+from model.datasets.layouts import read_dataset
+from model.datasets.tracklets import Split, Tracklet
 from model.evaluation import (
     Comparison,
     compare,
@@ -45,7 +45,6 @@ from model.evaluation import (
     tested_tracklets,
     tracklet_name,
 )
-from model.evaluation_plan import EvaluationTask, plan_units
 from model.frames import read_frame
 from model.measures import Measures, average_measures
 from model.network import NetworkConfig, pool_frames, unit_length
@@ -102,10 +101,9 @@ def open_eye(source: str, like: Checkpoint, device: str) -> Eye:
 
 def read_tested(name: str, folder: Path, model: Path) -> Tested:
     """Whom of a data set a model was not trained on."""
-    dataset: Dataset = read_dataset(folder)
-    task = EvaluationTask(model, dataset, fingerprint_dataset(dataset), Path(), splits=("unseen",))
-    [unit] = plan_units(task)
-    return Tested(name, unit.split, resolve_protocol(dataset.layout), dataset.tracklets)
+    dataset = read_dataset(folder)
+    split = unseen_split(dataset, model)
+    return Tested(name, split, resolve_protocol(dataset.layout), dataset.tracklets)
 
 
 def embed_frames(eye: Eye, tracklets: Iterable[Tracklet]) -> dict[Path, Vectors]:

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.spoiled import unseen_split
 from model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
-from model.datasets.layouts import fingerprint_dataset, read_dataset
+from model.datasets.layouts import read_dataset
 from model.datasets.tracklets import Split, Tracklet
 from model.embedder import Embedder
 from model.evaluation import evaluate_split, resolve_protocol
-from model.evaluation_plan import EvaluationTask, plan_units
 from model.experiment import Experiment, ask_teacher, make_job, plan_experiment
 from model.recipe import load_recipe
 from model.runs import RunFolder
@@ -53,9 +53,7 @@ class Setting:
 def unseen(folder: Path, model: Path) -> tuple[Split, str]:
     """Whom of a folder a model was not trained on, and the protocol that tests them."""
     dataset = read_dataset(folder)
-    task = EvaluationTask(model, dataset, fingerprint_dataset(dataset), Path(), splits=("unseen",))
-    [unit] = plan_units(task)
-    return unit.split, resolve_protocol(dataset.layout)
+    return unseen_split(dataset, model), resolve_protocol(dataset.layout)
 
 
 def draw_split(everybody: Split, most: int, people: int, draw: int) -> Split:

@@ -246,9 +246,14 @@ def open_model(path: Path, dataset: Dataset, device: str) -> tuple[Eye, Split]:
     """A model that embeds frames, and those of a data set whom it was not trained on."""
     if path.suffix.lower() in (".xml", ".onnx"):
         return teacher_eye(path), divide_unseen(dataset.tracklets, ())
+    return checkpoint_eye(load_checkpoint(path), device), unseen_split(dataset, path)
+
+
+def unseen_split(dataset: Dataset, path: Path) -> Split:
+    """Those of a data set whom a checkpoint was not trained on, as far as it says itself."""
     task = EvaluationTask(path, dataset, fingerprint_dataset(dataset), Path(), splits=("unseen",))
     [unit] = plan_units(task)
-    return checkpoint_eye(load_checkpoint(path), device), unit.split
+    return unit.split
 
 
 def teacher_eye(path: Path) -> Eye:
