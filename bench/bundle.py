@@ -94,30 +94,32 @@ def training_frames(provenance: Mapping[str, Any], data: Path, most: int) -> lis
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the loss, and what was measured on people held out, over hours of training."""
+    """Draw the loss, and what was measured on people held out, over the time of training."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    is_long = max(row["time_s"] for row in rows) > 2 * 3600
+    unit, seconds = ("hours", 3600) if is_long else ("minutes", 60)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     losses = [row for row in rows if "embedding" in row]
-    hours = [row["time_s"] / 3600 for row in losses]
-    left.plot(hours, [row["embedding"] for row in losses], linewidth=1)
-    left.set(xlabel="hours of training", ylabel="1 - cosine to the teacher", ylim=(0, None))
+    times = [row["time_s"] / seconds for row in losses]
+    left.plot(times, [row["embedding"] for row in losses], linewidth=1)
+    left.set(xlabel=f"{unit} of training", ylabel="1 - cosine to the teacher", ylim=(0, None))
     measured = [row for row in rows if "measured" in row]
     names = sorted({name for row in measured for name in row if name.endswith(("rank_1", "mAP"))})
     for name in names:
         known = [row for row in measured if name in row]
         shares = [100 * row[name] for row in known]
-        right.plot([row["time_s"] / 3600 for row in known], shares, marker=".", label=name)
-    right.set(xlabel="hours of training", ylabel="held-out people, %", ylim=(0, 100))
+        right.plot([row["time_s"] / seconds for row in known], shares, marker=".", label=name)
+    right.set(xlabel=f"{unit} of training", ylabel="held-out people, %", ylim=(0, 102))
     right.legend()
     first_rows = [next(row for row in rows if row["stage"] == n) for n in _stages(rows)[1:]]
     for axes in (left, right):
         axes.grid(alpha=0.3)
         for row in first_rows:
-            axes.axvline(row["time_s"] / 3600, color="grey", linestyle=":")
+            axes.axvline(row["time_s"] / seconds, color="grey", linestyle=":")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -39,6 +39,7 @@ from bench.real_rows import (
 from bench.real_tables import make_tables, write_json, write_report
 from model.checkpoint import load_checkpoint, make_checkpoint
 from model.datasets.tracklets import Split
+from model.embedder import choose_device
 from model.errors import ModelError
 from model.experiment import make_job, plan_experiment
 from model.learner import start_network
@@ -267,7 +268,10 @@ class Bench:
             if config is None:
                 raise RuntimeError("expected a teacher in the recipe of a row that has one")
             teacher = load_teacher(
-                config.teacher, channels=config.channels, precision=config.precision
+                config.teacher,
+                channels=config.channels,
+                precision=config.precision,
+                device=choose_device(self.study.device),
             )
             if teacher.dim != self.study.dim:
                 raise SystemExit(

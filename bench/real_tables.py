@@ -170,19 +170,31 @@ def plot_curves(results: Sequence[Json], rows: Sequence[Row], path: Path) -> Non
     starts: tuple[Start, Start] = ("random", "imagenet")
     figure = Figure(figsize=(14, 5 * len(found.parts)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(found.parts), len(starts), squeeze=False)
-    for part, line in zip(found.parts, axes, strict=True):
-        for start, axis in zip(starts, line, strict=True):
+    axes = figure.subplots(len(found.parts), len(starts), squeeze=False, sharey="row")
+    styles = _line_styles(found.rows)
+    lines = {}
+    for part, pictures in zip(found.parts, axes, strict=True):
+        for start, axis in zip(starts, pictures, strict=True):
             axis.set(title=f"{part}, {start} start", xlabel="steps", ylabel="rank-1, %")
+            axis.grid(alpha=0.3)
             for row in found.rows:
                 values = found.values(row.name, part, "rank_1").values()
                 if row.start == start and row.trained:
                     one = next(iter(found.of(row.name).values()))
                     steps = [point["step"] for point in one["curve"]]
                     curve = mean_curve(found.of(row.name).values(), f"{part}/rank_1")
-                    axis.plot(steps, curve, marker="o", markersize=3, label=row.label)
+                    [lines[row.label]] = axis.plot(steps, curve, markersize=3, **styles[row.label])
                 elif row.start == "teacher":
-                    axis.axhline(statistics.mean(values), color="k", ls="--", label=row.label)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=7)
+                    lines[row.label] = axis.axhline(statistics.mean(values), color="k", ls=":")
+    if lines:
+        figure.legend(list(lines.values()), list(lines), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)
+
+
+def _line_styles(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
+    """How each trained row is drawn, alike in every picture and unlike every other."""
+    labels = dict.fromkeys(row.label for row in rows if row.trained)
+    return {
+        label: {"color": f"C{number % 7}", "ls": ("-", "--", "-.")[number // 7 % 3], "marker": "o"}
+        for number, label in enumerate(labels)
+    }

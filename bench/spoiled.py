@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, load_checkpoint, make_checkpoint
+from model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, make_checkpoint
 from model.datasets.degradations import draw_degradations, resized
 from model.datasets.layers import planes_of
 from model.datasets.layouts import fingerprint_dataset, read_dataset
@@ -205,7 +205,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="a folder of real tracklets")
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint, .xml or .onnx")
+    parser.add_argument("--model", required=True, help="bundled, checkpoint, .xml or .onnx")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=15, help="even ones, of each tracklet")
     parser.add_argument("--seeds", type=int, default=3)
@@ -213,7 +213,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     dataset = read_dataset(arguments.data)
-    eye, split = open_model(arguments.model, dataset, arguments.device)
+    eye, split = open_model(find_checkpoint(arguments.model), dataset, arguments.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
     folder = arguments.output / f"{eye.name}-{fingerprint_dataset(dataset)[-12:]}"
     bank = fill_bank(eye, split, folder, used=arguments.frames, seeds=arguments.seeds)

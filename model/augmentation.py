@@ -118,9 +118,10 @@ def _rectangle(shape: tuple[int, ...], rng: np.random.Generator) -> tuple[slice,
 
 def _jitter(clip: Clip, strength: float, rng: np.random.Generator) -> Clip:
     brightness, contrast, saturation = 1 + rng.uniform(-strength, strength, 3)
-    pixels = clip.astype(np.float32) * brightness
-    mean = pixels.mean(axis=(1, 2, 3), keepdims=True)
-    pixels = mean + (pixels - mean) * contrast
-    grey = pixels.mean(axis=3, keepdims=True)
-    pixels = grey + (pixels - grey) * saturation
-    return np.asarray(pixels.round().clip(0, 255), np.uint8)
+    # Each is affine in the pixels and leaves greys grey, so one matrix and a number a frame do it.
+    mix = saturation * np.eye(3) + (1 - saturation) / 3  # about the mean of the channels
+    matrix = (brightness * contrast * mix).astype(np.float32)
+    pixels = clip.reshape(len(clip), -1, 3).astype(np.float32)  # (T, H*W, 3)
+    mean = pixels.reshape(len(clip), -1).mean(axis=1)  # (T,)
+    changed = pixels @ matrix + (brightness * (1 - contrast) * mean)[:, None, None]
+    return np.asarray(changed.round().clip(0, 255), np.uint8).reshape(clip.shape)

@@ -51,6 +51,11 @@ class DistillationConfig:
             come to stand where the teacher's do.
         views: How many looks of each frame the teacher sees: the frame itself, and others of
             `model.views`. A student is shown one of them at a time.
+        plain: How often a frame is shown as it is, in [0, 1]; None for as often as any other of its
+            looks.
+        live: Whether the teacher runs beside the student and is asked about every crop as the
+            student sees it, augmentation and all, see `model.live_teacher`; on a GPU it computes
+            there. Nothing is cached, so ``views`` may be as many as one likes.
         cache: Folder for the teacher's embeddings; None leaves it to the caller.
     """
 
@@ -64,6 +69,8 @@ class DistillationConfig:
     embedding_weight: float = 1.0
     projection: bool = True
     views: int = 1
+    plain: float | None = None
+    live: bool = False
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +89,12 @@ class DistillationConfig:
             )
         if self.views < 1:
             raise ValueError(f"views: expected at least 1, the frame itself, got {self.views}")
+        if self.plain is not None and not 0 <= self.plain <= 1:
+            raise ValueError(f"plain: expected a share in [0, 1], got {self.plain}")
+        if self.plain is not None and self.views == 1:
+            raise ValueError("plain: expected distillation.views of 2 or more, got 1")
+        if self.live and self.teacher == START:
+            raise ValueError('live: expected a teacher\'s file, got the teacher "start"')
         if self.cache is not None and not self.cache:
             raise ValueError("cache: expected a folder, got an empty path")
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from model.checkpoint import IMAGENET, Checkpoint, make_checkpoint
 from model.datasets.checking import check_dataset
 from model.datasets.findings import shorten
@@ -11,11 +13,12 @@ from model.datasets.layouts import fingerprint_dataset, fingerprint_parts, read_
 from model.datasets.mixed import MixedDataset
 from model.datasets.tracklets import Dataset, Split
 from model.distillation import DistillationConfig
-from model.embedder import Embedder
+from model.embedder import Embedder, choose_device
 from model.errors import TeacherError, TrainingError
 from model.evaluation import ClipChoice, evaluate_split, resolve_protocol
 from model.evaluation_plan import read_choice
 from model.learner import start_network
+from model.live_teacher import LiveTeacher
 from model.recipe import RANDOM_START, Recipe
 from model.runs import RunFolder, describe_split
 from model.teacher import START, Teacher, load_teacher, teach_by_checkpoint
@@ -119,7 +122,7 @@ def make_job(
     device: str,
     listener: Listener,
     save_every_s: float,
-    teacher: TeacherEmbeddings | None,
+    teacher: TeacherEmbeddings | LiveTeacher | None,
 ) -> Job:
     """Everything that one run needs."""
     recipe = experiment.recipe
@@ -144,15 +147,23 @@ def make_job(
 
 
 def ask_teacher(
-    experiment: Experiment, splits: Sequence[Split], folder: Path, listener: Listener
-) -> TeacherEmbeddings | None:
-    """What the recipe's teacher says of every training frame; None without a teacher.
+    experiment: Experiment,
+    splits: Sequence[Split],
+    folder: Path,
+    listener: Listener,
+    device: str = "auto",
+) -> TeacherEmbeddings | LiveTeacher | None:
+    """What the recipe's teacher says of every training frame, or the teacher itself if it is live.
 
     Args:
         experiment: Whose recipe names the teacher.
         splits: Those that are trained on; they share one pass over the frames.
         folder: Where embeddings are kept, unless the recipe says where.
         listener: Hears how far it is.
+        device: Of the student; a live teacher computes there.
+
+    Returns:
+        None without a teacher.
 
     Raises:
         TeacherError: The teacher cannot be read or run.
@@ -160,7 +171,7 @@ def ask_teacher(
     config = experiment.recipe.distillation
     if config is None:
         return None
-    teacher = _find_teacher(experiment.recipe, config)
+    teacher = _find_teacher(experiment.recipe, config, choose_device(device))
     if config.views > 1 and len(splits) > 1:
         raise TrainingError(
             f"expected one split at a time with distillation.views, whose looks borrow from all "
@@ -170,14 +181,18 @@ def ask_teacher(
     trained = [one for split in splits for one in split.train]
     cameras = {path: one.camera for one in trained for path in one.frames}
     frames = sorted(cameras)
+    if config.live:
+        return LiveTeacher(teacher, frames, cameras, config.views)
     listener.said(f"the teacher's embeddings of {len(frames)} frames are kept in {cache}")
     return cache_embeddings(
         teacher, frames, cache, listener.loaded, views=config.views, cameras=cameras
     )
 
 
-def _find_teacher(recipe: Recipe, config: DistillationConfig) -> Teacher:
+def _find_teacher(recipe: Recipe, config: DistillationConfig, device: torch.device) -> Teacher:
     if config.teacher != START:
+        # What is cached is the same wherever it was made; a live teacher must keep up.
+        beside = config.live and device.type == "cuda" and Path(config.teacher).suffix == ".xml"
         return load_teacher(
             config.teacher,
             channels=config.channels,
@@ -185,6 +200,8 @@ def _find_teacher(recipe: Recipe, config: DistillationConfig) -> Teacher:
             mean=config.mean,
             std=config.std,
             precision=config.precision,
+            runtime="torch" if beside else "auto",
+            device=device,
         )
     if recipe.start == RANDOM_START:
         raise TeacherError('expected weights to begin with, for the teacher "start", got random')

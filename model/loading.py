@@ -1,20 +1,24 @@
 """Batches of augmented clips, decoded ahead of the network."""
 
 import os
+import signal
+import sys
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from model.augmentation import AugmentationConfig, augment
 from model.datasets.tracklets import Tracklet, natural_key
 from model.errors import DatasetError, InvalidFramesError
 from model.frames import Clip, Preprocessing, choose_frames, read_frame
+from model.live_teacher import LiveTeacher
 from model.recipe import BatchConfig
 from model.samplers import Sampler
 from model.teacher_cache import TeacherEmbeddings
@@ -40,6 +44,10 @@ class Batch:
     tracklets: list[int]
     positions: list[list[int]]
     views: list[list[int]]
+
+    def pin_memory(self) -> "Batch":
+        """The same where a GPU can take it from without waiting, as PyTorch's loader asks for."""
+        return replace(self, clips=self.clips.pin_memory(), labels=self.labels.pin_memory())
 
 
 class FrameStore:
@@ -116,7 +124,10 @@ class ClipLoader:
         batch: Frames per tracklet and how they are chosen.
         augmentation: What is done to them.
         teacher: Whose looks are shown, each as often as every other; without one the frames alone.
-        workers: Threads; by default as many as cores.
+        workers: Threads, or processes; by default as many as cores.
+        processes: Whether they are processes, which share no interpreter: for a GPU that threads
+            cannot feed.
+        plain: How often a frame is shown as it is, see `model.distillation.DistillationConfig`.
     """
 
     def __init__(
@@ -127,8 +138,10 @@ class ClipLoader:
         batch: BatchConfig,
         augmentation: AugmentationConfig,
         *,
-        teacher: TeacherEmbeddings | None = None,
+        teacher: TeacherEmbeddings | LiveTeacher | None = None,
         workers: int | None = None,
+        processes: bool = False,
+        plain: float | None = None,
     ) -> None:
         self._tracklets = tracklets
         self._teacher = teacher
@@ -136,7 +149,10 @@ class ClipLoader:
         self._store = store
         self._batch = batch
         self._augmentation = augmentation
-        self._workers = workers or os.cpu_count() or 1
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._processes, self._plain = processes, plain
+        self._stream: Iterator[Batch | InvalidFramesError] | None = None
+        self._next = 0
         self.labels = identity_labels(tracklets)
 
     def __len__(self) -> int:
@@ -149,6 +165,9 @@ class ClipLoader:
         Raises:
             InvalidFramesError: A frame cannot be decoded.
         """
+        if self._processes:
+            yield from self._from_processes(epoch, first)
+            return
         drawn = self._sampler.batches(epoch)
         waiting: deque[Future[Batch]] = deque()
         with ThreadPoolExecutor(self._workers) as threads:
@@ -162,6 +181,34 @@ class ClipLoader:
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _from_processes(self, epoch: int, first: int) -> Generator[Batch]:
+        batches = len(self._sampler)
+        for place in range(epoch * batches + first, (epoch + 1) * batches):
+            if self._stream is None or self._next != place:
+                self._stream = self._begin_stream(place)
+            loaded = next(self._stream)
+            self._next = place + 1
+            if isinstance(loaded, InvalidFramesError):
+                raise loaded
+            yield loaded
+
+    def _begin_stream(self, place: int) -> Iterator[Batch | InvalidFramesError]:
+        """Start processes that load batches from one on, ahead of an epoch's end, too."""
+        loader: DataLoader[Batch | InvalidFramesError] = DataLoader(
+            _Stream(self, self._sampler),
+            batch_size=None,
+            sampler=range(place, sys.maxsize),
+            num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork",  # they find the frames where they lie in memory
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+        return iter(loader)
+
+    def close(self) -> None:
+        """End processes, if there are any; the next epoch starts others."""
+        self._stream = None
 
     def load(self, numbers: list[int], epoch: int, step: int) -> Batch:
         """Load one batch of tracklets, given by their numbers."""
@@ -187,13 +234,39 @@ class ClipLoader:
     def _draw_views(self, frames: int, rng: np.random.Generator) -> list[int]:
         if self._teacher is None or self._teacher.views == 1:
             return [0] * frames
-        views: list[int] = rng.integers(self._teacher.views, size=frames).tolist()
-        return views
+        if self._plain is None:
+            views: list[int] = rng.integers(self._teacher.views, size=frames).tolist()
+            return views
+        drawn: list[int] = rng.integers(1, self._teacher.views, size=frames).tolist()
+        changed = (rng.random(frames) >= self._plain).tolist()
+        return [view if changes else 0 for view, changes in zip(drawn, changed, strict=True)]
 
     def _show(self, frame: Path, view: int) -> Clip:
         if self._teacher is None or view == 0:
             return self._store.read(frame)
         return self._teacher.show(frame, view, self._store.read)
+
+
+class _Stream(Dataset[Batch | InvalidFramesError]):
+    """The batches of all epochs in one row, for processes that load them."""
+
+    def __init__(self, loader: ClipLoader, sampler: Sampler) -> None:
+        self._loader, self._sampler = loader, sampler
+        self._drawn: tuple[int, list[list[int]]] = (-1, [])
+
+    def __getitem__(self, place: int) -> Batch | InvalidFramesError:
+        epoch, step = divmod(place, len(self._sampler))
+        if self._drawn[0] != epoch:
+            self._drawn = (epoch, self._sampler.batches(epoch))
+        try:
+            return self._loader.load(self._drawn[1][step], epoch, step)
+        except InvalidFramesError as error:
+            return error  # raised where it is asked for, without another process's traceback
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def identity_labels(tracklets: Sequence[Tracklet]) -> dict[str, int]:

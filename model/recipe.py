@@ -101,8 +101,12 @@ class OptimiserConfig:
         clip_norm: Largest norm of the gradient; 0 for no limit.
         ema: Decay of an exponential moving average of the weights, which is then what is kept; 0
             for none.
+        blend: Share of the weights that the run began with in those that are kept, in [0, 1): a
+            way between what they knew and what they learned (Wortsman et al., arXiv:2109.01903).
         precision: Of the backbone; attention, distances and losses are always float32.
         sync_batch_norm: Whether batch statistics are those of all ranks.
+        keep_batch_norm: Whether the backbone's batch normalisation goes on with the statistics that
+            it has, instead of those of each batch: few people are no sample of everybody.
     """
 
     epochs: int = 600
@@ -114,8 +118,10 @@ class OptimiserConfig:
     warmup_epochs: int = 0
     clip_norm: float = 0.0
     ema: float = 0.0
+    blend: float = 0.0
     precision: Precision = "auto"
     sync_batch_norm: bool = False
+    keep_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
@@ -133,6 +139,8 @@ class OptimiserConfig:
             raise ValueError(f"milestones: expected ascending epochs, got {self.milestones}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a decay in [0, 1), got {self.ema}")
+        if not 0 <= self.blend < 1:
+            raise ValueError(f"blend: expected a share in [0, 1), got {self.blend}")
 
     def rate_at(self, epoch: int, progress: float = 0.0) -> float:
         """The learning rate in an epoch.

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint
 from model.embedder import Embedder
 from model.errors import TeacherError
 from model.files import reason
 from model.frames import Clip, Preprocessing
+from model.openvino_graph import OpenVinoGraph
 
 Channels = Literal["rgb", "bgr"]
-Runtime = Literal["auto", "onnxruntime", "openvino"]
+Runtime = Literal["auto", "onnxruntime", "openvino", "torch"]
 Computation = Literal["fp32", "bf16"]
 Triple = tuple[float, float, float]
 Embeddings = NDArray[np.float32]
@@ -32,6 +35,7 @@ Embeddings = NDArray[np.float32]
 START = "start"
 # Crops in one run of a teacher that takes any number of them; on a CPU more gains nothing.
 MAX_CROPS = 16
+MAX_CROPS_ON_GPU = 256
 # Length below which an embedding counts as zero and is not scaled up to unit length.
 TINY = 1e-6
 
@@ -63,6 +67,13 @@ class PixelRange:
             pixels = pixels[..., ::-1]
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
+    def apply_tensor(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) float32 RGB from 0 to 255 to what the teacher takes, on its device."""
+        order = (2, 1, 0) if self.channels == "bgr" else (0, 1, 2)
+        # One by one, because a graph of a GPU's work cannot hold tensors made on the processor.
+        taken = [(pixels[:, at] / self.scale - self.mean[at]) / self.std[at] for at in order]
+        return torch.stack(taken, dim=1)
+
 
 class Engine(NamedTuple):
     """A network in some runtime.
@@ -70,10 +81,12 @@ class Engine(NamedTuple):
     Args:
         run: From (N, 3, H, W) float32 to its one output; N is a multiple of the network's own.
         shape: Of its one input; None where it takes any number.
+        network: The same as a module that takes tensors, where PyTorch is the runtime.
     """
 
     run: Callable[[NDArray[np.float32]], NDArray[Any]]
     shape: tuple[int | None, ...]
+    network: nn.Module | None = None
 
 
 class Teacher:
@@ -89,6 +102,7 @@ class Teacher:
         preprocessing: The size that crops must have; its mean and deviation do not count here.
         fingerprint: See above. Two teachers share it only if they embed alike.
         dim: Length of its embeddings, D_t.
+        network: See `Engine`.
 
     Raises:
         TeacherError: It does not take crops, or does not make one finite embedding of each.
@@ -112,6 +126,7 @@ class Teacher:
             raise TeacherError(f"teacher: {error}") from error
         self.fingerprint = fingerprint
         self._engine, self._pixels = engine, pixels
+        self.network = engine.network
         # Grey comes first, so that a teacher that fails does so before there is work to lose.
         self.dim = self._run(np.full((1, shape[2], shape[3], 3), 127, dtype=np.uint8)).shape[1]
 
@@ -134,9 +149,33 @@ class Teacher:
                 f"got {crops.shape} {crops.dtype}"
             )
         # A whole number of what an engine takes at a time, so that it may work at several.
-        step = (self._engine.shape[0] or 1) * MAX_CROPS
+        step = (self._engine.shape[0] or 1) * (MAX_CROPS_ON_GPU if self._on_gpu else MAX_CROPS)
         made = [self._run(crops[start : start + step]) for start in range(0, len(crops), step)]
         return np.concatenate(made) if made else np.empty((0, self.dim), dtype=np.float32)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.network is not None and any(one.is_cuda for one in self.network.buffers())
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embed crops that are tensors already, where PyTorch is the runtime.
+
+        Args:
+            pixels: (N, 3, height, width) float32 RGB from 0 to 255, of the teacher's own size, on
+                the device of its network.
+
+        Returns:
+            (N, D_t) float32, as the teacher gives them; not looked at for NaN.
+
+        Raises:
+            TeacherError: It has another runtime.
+        """
+        if self.network is None:
+            raise TeacherError("expected a teacher that PyTorch runs, got another runtime's")
+        taken = self._pixels.apply_tensor(pixels)
+        kind = next(self.network.buffers()).dtype
+        embeddings: Tensor = self.network(taken.to(kind)).flatten(1).float()
+        return embeddings
 
     def _run(self, crops: Clip) -> Embeddings:
         """Embed some crops, a few at a time where the engine takes a fixed number."""
@@ -167,6 +206,7 @@ def load_teacher(
     std: Triple = (1.0, 1.0, 1.0),
     precision: Computation = "fp32",
     runtime: Runtime = "auto",
+    device: torch.device | None = None,
 ) -> Teacher:
     """Read a teacher and try it on a grey crop.
 
@@ -177,8 +217,10 @@ def load_teacher(
         mean: Per channel R, G, B.
         std: Likewise.
         precision: In which it computes.
-        runtime: What runs it. "auto" is OpenVINO for ``.xml``; for ``.onnx`` it is ONNX Runtime,
-            or OpenVINO where only that is installed.
+        runtime: What runs it. "auto" is OpenVINO for ``.xml``, or PyTorch without it; for ``.onnx``
+            it is ONNX Runtime, or OpenVINO where only that is installed. "torch" reads ``.xml``,
+            too, and is what computes on a GPU, see `model.openvino_graph`.
+        device: Where "torch" computes; the CPU where None.
 
     Raises:
         TeacherError: The file is missing, damaged or no network of crops, or its runtime is not
@@ -192,7 +234,10 @@ def load_teacher(
     for file in files:
         if not file.is_file():
             raise TeacherError(f"expected a teacher's file, got nothing at {file}")
-    if _choose_runtime(path, runtime) == "openvino":
+    chosen = _choose_runtime(path, runtime)
+    if chosen == "torch":
+        engine = _open_torch(path, precision, device or torch.device("cpu"))
+    elif chosen == "openvino":
         engine = _open_openvino(path, precision)
     elif precision == "fp32":
         engine = _open_onnxruntime(path)
@@ -237,7 +282,11 @@ def _choose_runtime(path: Path, runtime: Runtime) -> Runtime:
     if path.suffix.lower() == ".xml":
         if runtime == "onnxruntime":
             raise TeacherError(f"expected an .onnx file for ONNX Runtime, got {path}")
+        if runtime == "torch" or (runtime == "auto" and find_spec("openvino") is None):
+            return "torch"
         runtime = "openvino"
+    elif runtime == "torch":
+        raise TeacherError(f"expected an .xml file for PyTorch, got {path}")
     elif runtime == "auto":
         alone = find_spec("onnxruntime") is None and find_spec("openvino") is not None
         runtime = "openvino" if alone else "onnxruntime"
@@ -261,6 +310,19 @@ def _fingerprint(files: Sequence[Path], pixels: PixelRange, precision: Computati
     except OSError as error:
         raise TeacherError(f"expected a teacher, could not read {path}: {reason(error)}") from error
     return f"teacher-{digest.hexdigest()[:12]}"
+
+
+def _open_torch(path: Path, precision: Computation, device: torch.device) -> Engine:
+    network = OpenVinoGraph(path)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    network = network.eval().to(device, kind)
+
+    @torch.inference_mode()
+    def run(crops: NDArray[np.float32]) -> NDArray[Any]:
+        said: Tensor = network(torch.from_numpy(crops).to(device, kind))
+        return said.float().cpu().numpy()
+
+    return Engine(run, (None, *network.shape[1:]), network)
 
 
 def _open_onnxruntime(path: Path) -> Engine:

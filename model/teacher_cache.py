@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 CACHE_FORMAT = "passerby-teacher-cache-1"
 # Another number wherever `model.views` draws other views.
-VIEWS_FORMAT = 3
+VIEWS_FORMAT = 4
 # Frames between two writes of a caching pass: what an interruption costs, some seconds on a CPU.
 CHUNK_FRAMES = 512
 
@@ -66,7 +66,7 @@ class TeacherEmbeddings:
         self.teacher, self.views = teacher, len(embeddings)
         self.dim = int(embeddings.shape[2])
         self._embeddings = embeddings
-        self._looks = _Looks(list(frames), _by_camera(frames, cameras))
+        self._looks = Looks(list(frames), group_by_camera(frames, cameras))
         self._rows = {path: row for row, path in enumerate(frames)}
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class TeacherEmbeddings:
             ) from error
 
 
-class _Looks(NamedTuple):
+class Looks(NamedTuple):
     """What the looks of frames are made of.
 
     Args:
@@ -134,6 +134,7 @@ class _Looks(NamedTuple):
     cameras: list[list[int]]
 
     def show(self, row: int, view: int, read: Callable[[Path], Clip]) -> Clip:
+        """A look of frame number ``row``, of the size that ``read`` gives frames in."""
         crop = read(self.frames[row])
         if view == 0:
             return crop
@@ -141,7 +142,8 @@ class _Looks(NamedTuple):
         return render_view(plan, crop, lambda number: read(self.frames[number]))
 
 
-def _by_camera(frames: Sequence[Path], cameras: Mapping[Path, str] | None) -> list[list[int]]:
+def group_by_camera(frames: Sequence[Path], cameras: Mapping[Path, str] | None) -> list[list[int]]:
+    """The numbers of frames, camera by camera; of one camera where None."""
     numbers: dict[str, list[int]] = defaultdict(list)
     for number, frame in enumerate(frames):
         numbers["" if cameras is None else cameras[frame]].append(number)
@@ -264,7 +266,7 @@ class _Listing(NamedTuple):
     """One look of frames, in the order of a cache, and a name for that."""
 
     teacher: str
-    looks: _Looks
+    looks: Looks
     view: int
     digest: str
 
@@ -289,7 +291,7 @@ def _list_frames(
         raise TeacherError(
             f"expected a frame for the teacher, could not read {error.filename}: {reason(error)}"
         ) from error
-    looks = _Looks(ordered, _by_camera(ordered, cameras))
+    looks = Looks(ordered, group_by_camera(ordered, cameras))
     listings = []
     for view in range(views):
         named: Any = listed

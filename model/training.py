@@ -7,17 +7,18 @@ was interrupted ends with the very weights of one that was not.
 
 import contextlib
 import importlib.util
+import math
 import os
 import signal
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from model.embedder import DTYPES, Embedder, choose_device, choose_precision
 from model.errors import CheckpointError, DatasetError, InvalidFramesError, TrainingError
 from model.health import HealthWatch
 from model.learner import Learned, Learner, start_network
+from model.live_teacher import LiveTeacher
 from model.loading import Batch, ClipLoader, FrameStore
 from model.losses import (
     LossTerms,
@@ -66,7 +68,8 @@ class Job:
         data: What the checkpoint says about the data, see `model.runs.describe_split`.
         seed: Decides every draw.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        teacher: The teacher's embeddings of the training frames, where the recipe has a teacher.
+        teacher: The teacher's embeddings of the training frames, or the teacher itself where it is
+            live, where the recipe has one.
         measure: Evaluates a checkpoint on the split's test identities: names to numbers.
         save_every_s: Seconds between saved states.
         workers: Threads that decode; by default as many as cores.
@@ -77,7 +80,7 @@ class Job:
     data: Mapping[str, Any]
     seed: int = 0
     device: str = "auto"
-    teacher: TeacherEmbeddings | None = None
+    teacher: TeacherEmbeddings | LiveTeacher | None = None
     measure: Callable[[Checkpoint], Mapping[str, float]] | None = None
     save_every_s: float = SAVE_EVERY_S
     workers: int | None = None
@@ -226,6 +229,8 @@ class Trainer:
             recipe.augmentation,
             teacher=job.teacher,
             workers=job.workers,
+            processes=self.device.type == "cuda",
+            plain=None if recipe.distillation is None else recipe.distillation.plain,
         )
         self.learner = self._build()
         self.parallel: nn.Module = self.learner
@@ -247,6 +252,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.moment = Moment()
+        self._unread: deque[_Unread] = deque()
         self._kept: Checkpoint | None = None
         self._stop: int | None = None
         self._window = _Window()
@@ -277,7 +283,12 @@ class Trainer:
                 raise TrainingError("expected batch normalisation that can be synchronised")
             learner = converted
         learner.network.backbone.to(memory_format=torch.channels_last)
-        return learner.to(self.device).train()
+        learner = learner.to(self.device).train()
+        if self.recipe.optimiser.keep_batch_norm:
+            for module in learner.network.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return learner
 
     @property
     def steps_per_epoch(self) -> int:
@@ -309,9 +320,14 @@ class Trainer:
             return self.folder.product
         self._restore()
         self.store.preload(self.listener.loaded)
+        # Batches are all of one size: the fastest kernels are worth looking for.
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         with self._signals(), self._tensorboard() as board:
             self._board = board
-            self._train()
+            try:
+                self._train()
+            finally:
+                self.loader.close()
         if self._stop is not None:
             return None
         return self._finish()
@@ -402,12 +418,12 @@ class Trainer:
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
-        total = 0.0
+        losses = []
         for place, batch in enumerate(group):
             with self._gradients_meet(last=place == len(group) - 1):
                 loss = self._loss(batch, rate)
                 self.scaler.scale(loss / len(group)).backward()  # type: ignore[no-untyped-call]
-            total += loss.item() / len(group)
+            losses.append(loss.detach())
         if config.clip_norm:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip_norm)
@@ -415,7 +431,7 @@ class Trainer:
         self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.learner.network)
-        return total
+        return self._read(_Unread(losses, group, self.moment))
 
     @contextmanager
     def _gradients_meet(self, *, last: bool) -> Iterator[None]:
@@ -427,8 +443,9 @@ class Trainer:
             yield
 
     def _loss(self, batch: Batch, rate: float) -> Tensor:
-        clips, labels = batch.clips.to(self.device), batch.labels.to(self.device)
-        teacher = self._teach(batch)
+        clips = batch.clips.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        teacher = self._teach(batch, clips)
         with torch.autocast(
             self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"
         ):
@@ -445,13 +462,15 @@ class Trainer:
         loss = terms.total
         if learned.distilled is not None:
             loss = loss + learned.distilled.total
-        self._check(loss, batch)
         self._window.add(_measured(terms, learned, logits, labels, attention, loss, rate))
         return loss
 
-    def _teach(self, batch: Batch) -> Tensor | None:
+    def _teach(self, batch: Batch, clips: Tensor) -> Tensor | None:
+        """What the teacher says of a batch, whose clips are on the device: (B, T, D_t)."""
         if self.job.teacher is None:
             return None
+        if isinstance(self.job.teacher, LiveTeacher):
+            return self.job.teacher.see(clips)
         paths = [
             self.tracklets[number].frames[position]
             for number, positions in zip(batch.tracklets, batch.positions, strict=True)
@@ -461,15 +480,26 @@ class Trainer:
         embeddings = torch.from_numpy(self.job.teacher.of(paths, views))  # (B*T, D_t)
         return embeddings.view(*batch.clips.shape[:2], -1).to(self.device)
 
-    def _check(self, loss: Tensor, batch: Batch) -> None:
-        if torch.isfinite(loss):
-            return
+    def _read(self, made: "_Unread") -> float:
+        """The mean loss of a step; on a GPU that of the step before, which is ready to be read.
+
+        To ask for the loss of the step that was just begun is to wait until it is over.
+        """
+        self._unread.append(made)
+        behind = 1 if self.device.type == "cuda" else 0
+        step = self._unread.popleft() if len(self._unread) > behind else made
+        losses = torch.stack(step.losses).tolist()
+        for loss, batch in zip(losses, step.batches, strict=True):
+            if not math.isfinite(loss):
+                self._refuse_loss(loss, batch, step.moment)
+        return float(sum(losses) / len(losses))
+
+    def _refuse_loss(self, loss: float, batch: Batch, moment: Moment) -> None:
         members = [self.tracklets[number] for number in batch.tracklets]
         names = [f"{one.identity}/{one.camera}/{one.name}".rstrip("/") for one in members]
         raise TrainingError(
-            f"the loss is {loss.item()} after {self.moment.step} steps, in epoch "
-            f"{self.moment.epoch}, batch {self.moment.batch}, of {', '.join(names)}; "
-            f"{ADVICE}"
+            f"the loss is {loss} after {moment.step} steps, in epoch {moment.epoch}, "
+            f"batch {moment.batch}, of {', '.join(names)}; {ADVICE}"
         )
 
     def _tell(self, epoch: int, loss: float) -> None:
@@ -528,6 +558,11 @@ class Trainer:
         with torch.device("meta"):
             network = TrackletNet(self.recipe.network)
         state = {name: one.detach().cpu().clone() for name, one in kept.state_dict().items()}
+        if share := self.recipe.optimiser.blend:
+            begun, _ = start_network(self.recipe, self.job.seed)
+            for name, before in begun.state_dict().items():
+                if before.is_floating_point():
+                    state[name].lerp_(before, share)
         network.load_state_dict(state, assign=True)
         provenance = {
             "recipe": recipe_values(without_places(self.recipe)),
@@ -676,6 +711,20 @@ class Trainer:
     def stopped_by(self) -> int:
         """Number of the signal that stopped the run, here or in another rank."""
         return self._stop or signal.SIGTERM
+
+
+class _Unread(NamedTuple):
+    """The losses of a step, on the device.
+
+    Args:
+        losses: One for each batch.
+        batches: What was shown.
+        moment: Where the step began.
+    """
+
+    losses: list[Tensor]
+    batches: list[Batch]
+    moment: Moment
 
 
 class _Window:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from model.datasets.tracklets import Split
 from model.errors import TrainingError
 from model.experiment import Experiment, ask_teacher, make_job, run_folders, tell_oddities
+from model.live_teacher import LiveTeacher
 from model.ranks import Ranks, joined_ranks
 from model.runs import RECIPE
 from model.teacher_cache import TeacherEmbeddings
@@ -136,7 +137,7 @@ def train_all(
             tell_oddities(experiment, listener)
         # Beside the run, which begins in an empty folder.
         cache = output.absolute().parent / ".teacher"
-        teacher = _ask_teacher(experiment, splits, cache, console, ranks)
+        teacher = _ask_teacher(experiment, splits, cache, console, ranks, device)
         for split, seed in product(splits, seeds):
             folder = folders[split.name, seed]
             with _listening(console, folder.path.name, ranks) as listener:
@@ -168,12 +169,17 @@ def _listening(console: Console, title: str, ranks: Ranks) -> Iterator[Listener]
 
 
 def _ask_teacher(
-    experiment: Experiment, splits: Sequence[Split], folder: Path, console: Console, ranks: Ranks
-) -> TeacherEmbeddings | None:
+    experiment: Experiment,
+    splits: Sequence[Split],
+    folder: Path,
+    console: Console,
+    ranks: Ranks,
+    device: str,
+) -> TeacherEmbeddings | LiveTeacher | None:
     if not ranks.is_first:
         ranks.wait()  # until rank 0 has asked, and what it was told is on the disk
     with _listening(console, "teacher", ranks) as listener:
-        teacher = ask_teacher(experiment, splits, folder, listener)
+        teacher = ask_teacher(experiment, splits, folder, listener, device)
     if ranks.is_first:
         ranks.wait()
     return teacher

@@ -16,6 +16,7 @@ from PIL import Image
 
 from model.frames import Clip
 
+Planes = NDArray[np.float32]
 # Distinguishes these draws from others with the same seed, see `model.samplers.STREAM`.
 _STREAM = 5
 _SPLICE = 0.5  # how often the lower part is another crop's
@@ -122,13 +123,13 @@ def render_view(view: View, crop: Clip, read: Callable[[int], Clip]) -> Clip:
     Returns:
         (H, W, 3) uint8 RGB.
     """
+    height, width, _ = crop.shape
     shown = _change(crop, view.look)
     if view.partner is not None:
-        row = round(view.seam * len(crop))
-        shown[row:] = _change(read(view.partner)[row:], view.partner_look)
+        row = round(view.seam * height)
+        shown[:, row:] = _change(read(view.partner)[row:], view.partner_look)
     if view.style is not None:
         shown = _restyle(shown, read(view.style), view.strength)
-    height, width, _ = shown.shape
     top, left, kept_height, kept_width = view.window
     box = (left * width, top * height, (left + kept_width) * width, (top + kept_height) * height)
     image = Image.fromarray(_to_bytes(shown))
@@ -136,27 +137,41 @@ def render_view(view: View, crop: Clip, read: Callable[[int], Clip]) -> Clip:
     return np.asarray(resized, dtype=np.uint8)
 
 
-def _change(crop: Clip, look: Look) -> NDArray[np.float32]:
-    pixels = crop.astype(np.float32) @ _turn(look.turn).T
-    mean = pixels.mean()
-    changed = (mean + (pixels - mean) * np.float32(look.contrast)) * np.float32(look.gain)
-    return np.asarray(changed, np.float32)
+def _planes(crop: Clip) -> Planes:
+    """(H, W, 3) to (3, H, W), where what is done to a channel is done to one piece of memory."""
+    return np.ascontiguousarray(crop.transpose(2, 0, 1), np.float32)
 
 
-def _restyle(pixels: NDArray[np.float32], style: Clip, strength: float) -> NDArray[np.float32]:
+def _change(crop: Clip, look: Look) -> Planes:
+    """Turn colours, then draw them towards their mean or away from it, then brighten."""
+    planes, turn = _planes(crop), _turn(look.turn)
+    # All three are affine in the pixels, so one matrix and one number do it.
+    mean = float((turn @ planes.mean(axis=(1, 2))).mean())
+    changed = (turn * np.float32(look.contrast * look.gain)) @ planes.reshape(3, -1)
+    changed += np.float32((1 - look.contrast) * look.gain * mean)
+    return np.asarray(changed.reshape(planes.shape), np.float32)
+
+
+def _restyle(planes: Planes, style: Clip, strength: float) -> Planes:
     """Draw each channel's mean and deviation to those of another crop (Reinhard et al., 2001).
 
     They did it in a colour space without correlations; between cameras the channels will do.
     """
-    mean, deviation = pixels.mean(axis=(0, 1)), pixels.std(axis=(0, 1))
-    other = style.astype(np.float32)
-    scale = (other.std(axis=(0, 1)) / np.maximum(deviation, 1)).clip(*_SPREAD)
-    styled = other.mean(axis=(0, 1)) + (pixels - mean) * scale
-    return np.asarray(pixels + np.float32(strength) * (styled - pixels), np.float32)
+    other = _planes(style)
+    mean, wanted = planes.mean(axis=(1, 2)), other.mean(axis=(1, 2))
+    spread = np.maximum(planes.std(axis=(1, 2)), 1)
+    scale = (other.std(axis=(1, 2)) / spread).clip(*_SPREAD)
+    # p + strength * (wanted + (p - mean) * scale - p)
+    factor = np.float32(1) + np.float32(strength) * (scale - np.float32(1))
+    shift = np.float32(strength) * (wanted - mean * scale)
+    restyled: Planes = planes * factor[:, None, None] + shift[:, None, None]
+    return restyled
 
 
-def _to_bytes(pixels: NDArray[np.float32]) -> Clip:
-    return np.asarray(pixels.round().clip(0, 255), np.uint8)
+def _to_bytes(planes: Planes) -> Clip:
+    """(3, H, W) to (H, W, 3)."""
+    whole = planes.round().clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(whole.transpose(1, 2, 0))
 
 
 def _turn(angle: float) -> NDArray[np.float32]:

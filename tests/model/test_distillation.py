@@ -25,6 +25,9 @@ from model.errors import TeacherError
         ({"embedding_weight": float("inf")}, "embedding_weight: expected 0 or more"),
         ({"similarity_weight": 0.0, "embedding_weight": 0.0}, "got 0 for both"),
         ({"cache": ""}, "cache: expected a folder"),
+        ({"views": 4, "plain": 1.5}, r"plain: expected a share in \[0, 1\]"),
+        ({"plain": 0.5}, "expected distillation.views of 2 or more"),
+        ({"teacher": "start", "live": True}, "live: expected a teacher's file"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(wrong: dict[str, Any], message: str) -> None:

@@ -1,5 +1,7 @@
 """The inference face gives what the network gives, whatever the batch, the order and the chunks."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from model.checkpoint import Checkpoint, make_checkpoint, untrained_checkpoint
+from model.checkpoint import (
+    BUNDLED_FILE,
+    Checkpoint,
+    load_checkpoint,
+    make_checkpoint,
+    untrained_checkpoint,
+)
+from model.datasets.folder import read_folder
 from model.embedder import Embedder, Precision, choose_device, choose_precision, fold_batch_norm
 from model.errors import DeviceError, InvalidFramesError
 from model.frames import Clip, Preprocessing, normalise, read_clip
+from model.measures import Measures, rank_queries
 from model.network import NetworkConfig, TrackletNet
 
 SIZE = Preprocessing(height=64, width=32)
@@ -244,3 +254,54 @@ def test_a_description_counts_those_who_were_trained_on() -> None:
     counted = {"split": "0", "train_identities": 2}
     assert told == {"data": {"parts": [counted]}, "start": {"data": counted}, "steps": 5}
     assert checkpoint.provenance == provenance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_models_on_one_gpu_embed_as_each_does_alone(
+    checkpoint: Checkpoint, with_everything: Checkpoint
+) -> None:
+    pixels = [clip(15, seed) for seed in range(4)]
+    both = (checkpoint, with_everything)
+    alone = [Embedder(one, device="cuda", precision="fp32").embed(pixels) for one in both]
+
+    embedders = [Embedder(one, device="cuda", precision="fp32") for one in both]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(Embedder.embed, embedders, [pixels, pixels]))
+
+    for ours, theirs in zip(together, alone, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert relative(one.embedding, other.embedding) < 1e-5
+
+
+SHARED = Path(os.environ.get("SHARED", Path(__file__).parents[3] / "shared"))
+WARD = SHARED / "data" / "ward"
+
+
+def embed_ward(device: str, precision: Precision) -> tuple[np.ndarray, Measures]:
+    """Each of 105 tracklets among those of the other cameras, by the weights that ship."""
+    embedder = Embedder(load_checkpoint(BUNDLED_FILE), device=device, precision=precision)
+    tracklets = read_folder(WARD)
+    clips = [read_clip(one.frames, embedder.preprocessing, used=8) for one in tracklets]
+    embeddings = np.stack([one.embedding for one in embedder.embed(clips)]).astype(np.float64)
+    distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=2)
+    identities = [one.identity for one in tracklets]
+    cameras = [one.camera for one in tracklets]
+    return embeddings, rank_queries(distances, identities, identities, cameras, cameras)
+
+
+@pytest.mark.gpu
+@pytest.mark.dataset
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not WARD.is_dir(), reason=f"needs WARD in {SHARED}")
+def test_bf16_on_a_gpu_ranks_real_people_as_fp32_on_the_cpu_does() -> None:
+    embeddings, exact = embed_ward("cpu", "fp32")
+    rounded, rough = embed_ward("cuda", "bf16")
+
+    assert exact.counted == 105
+    assert all(
+        relative(ours, right) < 2e-2 for ours, right in zip(rounded, embeddings, strict=True)
+    )
+    # Two people may be as far from a third one as bf16 can tell: one query of 105 is forgiven.
+    assert rough.rank_1 == pytest.approx(exact.rank_1, abs=0.01)
+    assert rough.mean_average_precision == pytest.approx(exact.mean_average_precision, abs=0.002)

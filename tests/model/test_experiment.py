@@ -1,5 +1,6 @@
 """From the command line to runs on disk."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -21,10 +22,17 @@ from model.experiment import (
     run_folders,
 )
 from model.frames import Preprocessing
+from model.live_teacher import LiveTeacher
 from model.network import NetworkConfig, TrackletNet
 from model.recipe import Recipe, load_recipe
 from model.runs import RunFolder
 from model.training import Listener, Trainer
+from tests.model.teaching import Small
+
+needs_openvino = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "openvino")),
+    reason="needs the extras export and openvino",
+)
 
 SMALL = [
     "network.backbone=conv5",
@@ -166,9 +174,43 @@ def test_what_a_run_begins_with_may_be_its_teacher(drawn: Path, tmp_path: Path) 
     trainer.learner.network.eval()
 
     batch = next(trainer.loader.epoch(0))
-    learned = trainer.learner(batch.clips, trainer._teach(batch))
+    learned = trainer.learner(batch.clips, trainer._teach(batch, batch.clips))
 
     assert learned.distilled.embedding.item() == pytest.approx(0, abs=1e-3)
+
+
+@needs_openvino
+def test_a_live_teacher_is_asked_about_the_augmented_crops(drawn: Path, tmp_path: Path) -> None:
+    import openvino
+
+    path = tmp_path / "teacher.onnx"
+    program = torch.onnx.export(
+        Small().eval(), (torch.zeros(1, 3, 40, 32),), dynamo=True, verbose=False
+    )
+    assert program is not None
+    program.save(path, external_data=False)
+    openvino.save_model(openvino.Core().read_model(path), path.with_suffix(".xml"))
+    settings = [f"distillation.teacher={path.with_suffix('.xml')}", "distillation.live=true"]
+    settings += ["distillation.views=50", "distillation.plain=0.25", "augmentation.erase=1.0"]
+    settings += ["loss.identity=none", "loss.triplet=false", "loss.regulariser=none"]
+    recipe = load_recipe("prid-2011", [*SMALL, "start=random", *settings])
+    experiment = plan_experiment(recipe, drawn)
+    [split] = choose_splits(experiment.dataset, "0")
+
+    teacher = ask_teacher(experiment, [split], tmp_path / "said", Listener(), "cpu")
+    job = make_job(experiment, split, seed=0, device="cpu", listener=Listener(), save_every_s=99,
+                   teacher=teacher)  # fmt: skip
+    trainer = Trainer(job, RunFolder(tmp_path / "run"))
+    batch = next(trainer.loader.epoch(0))
+    told = trainer._teach(batch, batch.clips)
+
+    assert isinstance(teacher, LiveTeacher)
+    assert not (tmp_path / "said").exists()
+    assert max(view for views in batch.views for view in views) > 1
+    assert told is not None
+    assert torch.equal(told, teacher.see(batch.clips))
+    assert trainer.run() is not None
+    assert load_checkpoint(tmp_path / "run" / "model.safetensors").provenance["steps"] > 0
 
 
 def test_a_teacher_that_would_be_drawn_is_refused(drawn: Path, tmp_path: Path) -> None:

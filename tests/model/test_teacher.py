@@ -18,7 +18,7 @@ from model.embedder import Embedder
 from model.errors import TeacherError
 from model.frames import Preprocessing
 from model.network import NetworkConfig, TrackletNet
-from model.teacher import Runtime, load_teacher, teach_by_checkpoint
+from model.teacher import Channels, Runtime, load_teacher, teach_by_checkpoint
 from tests.model.teaching import Small, say_directly
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +93,7 @@ RUNTIMES = [
     pytest.param("onnx_file", "openvino", marks=[needs_onnx, needs_openvino]),
     pytest.param("fixed_file", "openvino", marks=[needs_onnx, needs_openvino]),
     pytest.param("ir_file", "auto", marks=[needs_onnx, needs_openvino]),
+    pytest.param("ir_file", "torch", marks=[needs_onnx, needs_openvino]),
 ]
 
 
@@ -253,16 +254,56 @@ def test_crops_of_another_shape_are_refused(onnx_file: Path, wrong: Any) -> None
         load_teacher(onnx_file).embed(wrong)
 
 
-@pytest.mark.parametrize(("name", "extra"), [("a.onnx", "export"), ("a.xml", "openvino")])
-def test_a_missing_extra_is_named(
-    name: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.teacher.find_spec", lambda _: None)
-    for suffix in (".bin", Path(name).suffix):
-        (tmp_path / name).with_suffix(suffix).write_bytes(b"")
+    (tmp_path / "a.onnx").write_bytes(b"")
 
-    with pytest.raises(TeacherError, match=rf"pip install 'passerby\[{extra}\]'"):
-        load_teacher(tmp_path / name)
+    with pytest.raises(TeacherError, match=r"pip install 'passerby\[export\]'"):
+        load_teacher(tmp_path / "a.onnx")
+
+
+@needs_onnx
+@needs_openvino
+def test_pytorch_runs_what_openvino_would_and_is_the_same_teacher(
+    ir_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_teacher(ir_file)
+    monkeypatch.setattr("model.teacher.find_spec", lambda _: None)
+
+    teacher = load_teacher(ir_file)
+
+    assert teacher.network is not None
+    assert expected.network is None
+    assert teacher.fingerprint == expected.fingerprint
+    assert teacher.embed(crops(5)) == pytest.approx(expected.embed(crops(5)), abs=1e-5)
+
+
+def test_pytorch_reads_no_onnx(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"")
+
+    with pytest.raises(TeacherError, match=r"expected an \.xml file for PyTorch"):
+        load_teacher(tmp_path / "a.onnx", runtime="torch")
+
+
+@needs_onnx
+@needs_openvino
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_tensors_are_taken_as_arrays_are(ir_file: Path, channels: Channels) -> None:
+    teacher = load_teacher(
+        ir_file, runtime="torch", channels=channels, scale=50.0, mean=(1, 2, 3), std=(0.5, 1, 2)
+    )
+    pixels = torch.from_numpy(crops(6)).permute(0, 3, 1, 2).float()
+
+    with torch.inference_mode():
+        made = teacher.embed_pixels(pixels)
+
+    assert made.numpy() == pytest.approx(teacher.embed(crops(6)), abs=1e-5)
+
+
+@needs_onnx
+def test_tensors_are_for_pytorch_alone(onnx_file: Path) -> None:
+    with pytest.raises(TeacherError, match="expected a teacher that PyTorch runs"):
+        load_teacher(onnx_file).embed_pixels(torch.zeros(1, 3, 40, 32))
 
 
 @needs_onnx

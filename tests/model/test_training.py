@@ -693,7 +693,7 @@ def test_a_student_is_told_of_the_very_looks_that_it_sees(people: Split, tmp_pat
     trainer = Trainer(Job(options, people, data={}, teacher=teacher), RunFolder(tmp_path / "run"))
 
     batch = next(trainer.loader.epoch(0))
-    told = trainer._teach(batch)
+    told = trainer._teach(batch, batch.clips)
 
     assert told is not None
     assert {view for views in batch.views for view in views} == {0, 1, 2}
@@ -711,5 +711,40 @@ def test_a_run_does_not_go_on_with_looks_that_are_drawn_otherwise(
     train(options, people, tmp_path / "run", StopAt(1), teacher=teacher)
     monkeypatch.setattr("model.training.VIEWS_FORMAT", 99)
 
-    with pytest.raises(TrainingError, match="its looks is 3 and now it would be 99"):
+    with pytest.raises(TrainingError, match="its looks is 4 and now it would be 99"):
         train(options, people, tmp_path / "run", teacher=teacher)
+
+
+def test_batch_normalisation_may_keep_what_it_has(people: Split, tmp_path: Path) -> None:
+    """Its statistics stay; what it learns beside them does not."""
+    before = weights(train(recipe(), people, tmp_path / "first"))
+    start = f"start={tmp_path / 'first' / 'model.safetensors'}"
+
+    kept = weights(
+        train(recipe(start, "optimiser.keep_batch_norm=true"), people, tmp_path / "kept")
+    )
+    moved = weights(train(recipe(start), people, tmp_path / "moved"))
+
+    statistics = [name for name in before if "running" in name]
+    assert statistics
+    assert all(torch.equal(kept[name], before[name]) for name in statistics)
+    assert not any(torch.equal(moved[name], before[name]) for name in statistics)
+    learned = [name for name in before if name.startswith("backbone") and "running" not in name]
+    assert any(not torch.equal(kept[name], before[name]) for name in learned)
+
+
+def test_what_is_kept_may_lie_between_start_and_end(people: Split, tmp_path: Path) -> None:
+    """Also after an interruption, when the start is read again."""
+    before = weights(train(recipe(), people, tmp_path / "first"))
+    start = f"start={tmp_path / 'first' / 'model.safetensors'}"
+    after = weights(train(recipe(start), people, tmp_path / "after"))
+    options = recipe(start, "optimiser.blend=0.25")
+
+    assert train(options, people, tmp_path / "between", StopAt(2)) is None
+    between = weights(train(options, people, tmp_path / "between"))
+
+    for name, tensor in between.items():
+        if tensor.is_floating_point():
+            wanted = 0.75 * after[name] + 0.25 * before[name]
+            assert torch.allclose(tensor, wanted, atol=1e-6)
+            assert not torch.equal(tensor, after[name]) or torch.equal(after[name], before[name])
