@@ -54,8 +54,8 @@ class DistillationConfig:
         plain: How often a frame is shown as it is, in [0, 1]; None for as often as any other of its
             looks.
         live: Whether the teacher runs beside the student and is asked about every crop as the
-            student sees it, augmentation and all, see `model.live_teacher`; on a GPU it computes
-            there. Nothing is cached, so ``views`` may be as many as one likes.
+            student sees it, augmentation and all, see `model.live_teacher`; an ``.xml`` computes on
+            the student's GPU. Nothing is cached, so ``views`` may be as many as one likes.
         cache: Folder for the teacher's embeddings; None leaves it to the caller.
     """
 

@@ -21,7 +21,13 @@ from model.learner import start_network
 from model.live_teacher import LiveTeacher
 from model.recipe import RANDOM_START, Recipe
 from model.runs import RunFolder, describe_split
-from model.teacher import START, Teacher, load_teacher, teach_by_checkpoint
+from model.teacher import (
+    START,
+    Teacher,
+    is_openvino,
+    load_teacher,
+    teach_by_checkpoint,
+)
 from model.teacher_cache import TeacherEmbeddings, cache_embeddings
 from model.training import Job, Listener
 
@@ -182,6 +188,7 @@ def ask_teacher(
     cameras = {path: one.camera for one in trained for path in one.frames}
     frames = sorted(cameras)
     if config.live:
+        listener.said(f"the teacher runs beside the student and sees {len(frames)} frames")
         return LiveTeacher(teacher, frames, cameras, config.views)
     listener.said(f"the teacher's embeddings of {len(frames)} frames are kept in {cache}")
     return cache_embeddings(
@@ -192,7 +199,7 @@ def ask_teacher(
 def _find_teacher(recipe: Recipe, config: DistillationConfig, device: torch.device) -> Teacher:
     if config.teacher != START:
         # What is cached is the same wherever it was made; a live teacher must keep up.
-        beside = config.live and device.type == "cuda" and Path(config.teacher).suffix == ".xml"
+        beside = config.live and device.type == "cuda" and is_openvino(config.teacher)
         return load_teacher(
             config.teacher,
             channels=config.channels,

@@ -230,7 +230,7 @@ def load_teacher(
     require_teacher_name(str(path))
     pixels = PixelRange(channels, scale, mean, std)
     path = Path(path)
-    files = [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
+    files = [path, path.with_suffix(".bin")] if is_openvino(path) else [path]
     for file in files:
         if not file.is_file():
             raise TeacherError(f"expected a teacher's file, got nothing at {file}")
@@ -264,6 +264,11 @@ def teach_by_checkpoint(checkpoint: Checkpoint) -> Teacher:
     return Teacher(engine, pixels, f"teacher-{checkpoint.fingerprint}", size)
 
 
+def is_openvino(path: str | Path) -> bool:
+    """Whether a teacher's file is one of OpenVINO's, by its name."""
+    return Path(path).suffix.lower() == ".xml"
+
+
 def require_teacher_name(teacher: str) -> None:
     """Refuse a path that is none of a teacher.
 
@@ -279,7 +284,7 @@ def require_teacher_name(teacher: str) -> None:
 def _choose_runtime(path: Path, runtime: Runtime) -> Runtime:
     if runtime not in get_args(Runtime):
         raise ValueError(f"runtime: expected {get_args(Runtime)}, got {runtime!r}")
-    if path.suffix.lower() == ".xml":
+    if is_openvino(path):
         if runtime == "onnxruntime":
             raise TeacherError(f"expected an .onnx file for ONNX Runtime, got {path}")
         if runtime == "torch" or (runtime == "auto" and find_spec("openvino") is None):

@@ -91,3 +91,20 @@ def test_looks_are_those_of_a_teacher_that_was_asked_before() -> None:
 def test_a_frame_that_it_does_not_know_is_refused() -> None:
     with pytest.raises(TeacherError, match="expected one of the 6 frames"):
         live(teacher(tensors=False)).show(Path("gone.png"), 0, lambda _: clips()[0, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_teacher_on_a_gpu_says_each_time_what_it_says_on_the_cpu() -> None:
+    """The second time it is replayed, and must not have kept anything of the first."""
+    on_cpu, on_gpu = teacher(tensors=True), teacher(tensors=True)
+    assert on_gpu.network is not None
+    on_gpu.network.cuda()
+    asked = live(on_gpu)
+    first = torch.from_numpy(clips())
+
+    told = [asked.see(shown.cuda()).cpu() for shown in (first, 255 - first, first[:1])]
+
+    wanted = [live(on_cpu).see(shown) for shown in (first, 255 - first, first[:1])]
+    for one, other in zip(told, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-3)

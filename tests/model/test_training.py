@@ -22,9 +22,9 @@ from model.datasets.tracklets import Split, Tracklet
 from model.errors import DatasetError, TrainingError
 from model.learner import Learner
 from model.recipe import Recipe, load_recipe
-from model.runs import STATE, RunFolder
+from model.runs import STATE, Moment, RunFolder
 from model.teacher_cache import TeacherEmbeddings
-from model.training import Job, Listener, Progress, Trainer, count_cells
+from model.training import Job, Listener, Progress, Trainer, _Unread, count_cells
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -748,3 +748,19 @@ def test_what_is_kept_may_lie_between_start_and_end(people: Split, tmp_path: Pat
             wanted = 0.75 * after[name] + 0.25 * before[name]
             assert torch.allclose(tensor, wanted, atol=1e-6)
             assert not torch.equal(tensor, after[name]) or torch.equal(after[name], before[name])
+
+
+def test_on_a_gpu_a_loss_is_read_a_step_later(people: Split, tmp_path: Path) -> None:
+    """So no step waits for its own loss; one that is no number still ends the run, by its name."""
+    trainer = Trainer(Job(recipe(), people, data={}, device="cpu"), RunFolder(tmp_path / "run"))
+    batch = next(trainer.loader.epoch(0))
+    trainer.device = torch.device("cuda")
+
+    def read(step: int, loss: float) -> float:
+        losses = [torch.tensor(loss), torch.tensor(loss + 1)]
+        return trainer._read(_Unread(losses, [batch, batch], Moment(step=step)))
+
+    assert [read(0, 1.0), read(1, 2.0), read(2, 3.0)] == [1.5, 1.5, 2.5]
+    assert read(3, float("nan")) == 3.5
+    with pytest.raises(TrainingError, match="the loss is nan after 3 steps"):
+        read(4, 1.0)
