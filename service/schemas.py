@@ -311,7 +311,10 @@ class AttentionBody(Body):
     """Where the network looked in one used frame."""
 
     frame: int = Field(ge=0, description="Index of the frame in the upload.")
-    map: list[list[float]] = Field(description="Rows of numbers, top to bottom; all sum to 1.")
+    map: list[list[float]] = Field(
+        description="16 rows of 8 numbers, top to bottom; all sum to 1. Spread by area where the "
+        "network has another grid."
+    )
 
 
 class QueryBody(Body):

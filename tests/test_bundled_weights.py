@@ -1,5 +1,6 @@
 """The checkpoint that comes with Passerby: that it is there, what it is, and what it gives away."""
 
+import io
 import json
 import re
 import struct
@@ -7,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from bench.load import in_a_process
@@ -94,6 +97,25 @@ def test_it_is_served_where_nobody_asks_for_others_and_info_names_it(
 
     assert told["fingerprint"] == bundled.fingerprint
     assert told["provenance"] == without_people(bundled.provenance)
+
+
+def test_its_answers_explain_themselves_as_the_contract_says(tmp_path: Path) -> None:
+    settings = Settings.load()
+    embedder = Embedder(choose_checkpoint(settings.weights), device="cpu")
+    drawn = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 64, 3), np.uint8))
+    content = io.BytesIO()
+    drawn.save(content, "PNG")
+    files = [("frames", ("1.png", content.getvalue()))] * 2
+
+    with (
+        EmbeddedGallery(tmp_path) as gallery,
+        TestClient(create_app(embedder, gallery, settings)) as client,
+    ):
+        answer = client.post("/query", files=files, params={"explain": "true"}).json()
+
+    maps = np.array([one["map"] for one in answer["attention"]])
+    assert maps.shape == (2, 16, 8)
+    assert maps.sum(axis=(1, 2)) == pytest.approx(np.ones(2))
 
 
 def test_its_training_began_with_random_weights(bundled: Checkpoint) -> None:

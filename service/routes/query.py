@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from index.ranking import decide
 from model.embedder import TrackletEmbedding
+from service.attention import to_contract_grid
 from service.parts import PartsDep, Upload, embed, frame_counts, receive_bare
 from service.schemas import (
     AttentionBody,
@@ -74,7 +75,7 @@ async def query(
 
 
 def _attention(upload: Upload, result: TrackletEmbedding) -> list[AttentionBody]:
-    maps = [] if result.attention is None else result.attention.tolist()
+    maps = [] if result.attention is None else to_contract_grid(result.attention).tolist()
     return [
         AttentionBody(frame=position, map=rows)
         for position, rows in zip(upload.tracklet.positions, maps, strict=True)
