@@ -1,6 +1,7 @@
 """The inference face of the network: prepared frames in, float32 embeddings out."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -16,6 +17,7 @@ from model.checkpoint import Checkpoint, without_people
 from model.errors import DeviceError, InvalidFramesError
 from model.frames import Clip, normalise
 
+log = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Frames in one forward pass. On a CPU a larger batch gains nothing and falls out of the caches
@@ -107,7 +109,8 @@ class Embedder:
         checkpoint: The model.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: Of the backbone; attention and pooling are always float32.
-        max_frames: Frames in one forward pass; by default what suits the device.
+        max_frames: Frames in one forward pass; by default what suits the device. Where the device's
+            memory does not hold so many, half as many are tried, and that is remembered.
 
     Raises:
         DeviceError: The device or the precision is not to be had here.
@@ -203,10 +206,31 @@ class Embedder:
     @torch.inference_mode()
     def _embed_frames(self, frames: Clip) -> tuple[Tensor, Tensor]:
         embeddings, maps = [], []
-        for start in range(0, len(frames), self.max_frames):
-            chunk = torch.from_numpy(frames[start : start + self.max_frames]).to(self.device)
-            pixels = normalise(chunk, self.preprocessing).to(DTYPES[self.precision])
-            embedding, attention = self._network.embed_frames(pixels)
-            embeddings.append(embedding.cpu())
-            maps.append(attention.cpu())
+        start = 0
+        while start < len(frames):
+            chunk = frames[start : start + self.max_frames]
+            try:
+                embedding, attention = self._embed_chunk(chunk)
+            except torch.OutOfMemoryError:
+                if len(chunk) == 1:
+                    raise
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self.max_frames = len(chunk) // 2
+                log.warning(
+                    "%s has no memory for %d frames at once, going on with %d",
+                    self.device,
+                    len(chunk),
+                    self.max_frames,
+                )
+                continue
+            embeddings.append(embedding)
+            maps.append(attention)
+            start += len(chunk)
         return torch.cat(embeddings), torch.cat(maps)
+
+    def _embed_chunk(self, frames: Clip) -> tuple[Tensor, Tensor]:
+        chunk = torch.from_numpy(frames).to(self.device)
+        pixels = normalise(chunk, self.preprocessing).to(DTYPES[self.precision])
+        embedding, attention = self._network.embed_frames(pixels)
+        return embedding.cpu(), attention.cpu()

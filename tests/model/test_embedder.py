@@ -241,6 +241,50 @@ def test_a_gpu_embeds_like_the_cpu(
         assert relative(ours.embedding, theirs.embedding) < tolerance
 
 
+class Cramped:
+    """Lets a device hold so many frames and no more."""
+
+    def __init__(self, embedder: Embedder, most: int) -> None:
+        self.tried: list[int] = []
+        self._most = most
+        self._embed = embedder._network.embed_frames
+
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.tried.append(len(pixels))
+        if len(pixels) > self._most:
+            raise torch.OutOfMemoryError("expected more memory")
+        return self._embed(pixels)
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved_and_that_is_remembered(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = [clip(15, seed) for seed in range(2)]
+    wanted = Embedder(checkpoint, device="cpu", precision="fp32").embed(pixels)
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32", max_frames=16)
+    cramped = Cramped(embedder, most=5)
+    monkeypatch.setattr(embedder._network, "embed_frames", cramped)
+
+    for made, other in zip(embedder.embed(pixels), wanted, strict=True):
+        assert relative(made.embedding, other.embedding) < 1e-5
+    assert cramped.tried == [16, 8, *[4] * 7, 2]
+    assert "no memory for 16 frames at once, going on with 8" in caplog.text
+    cramped.tried.clear()
+    embedder.embed(pixels[:1])
+
+    assert cramped.tried == [4, 4, 4, 3]
+
+
+def test_a_frame_that_memory_does_not_hold_fails(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32")
+    monkeypatch.setattr(embedder._network, "embed_frames", Cramped(embedder, most=0))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        embedder.embed([clip(3, 0)])
+
+
 def test_a_description_counts_those_who_were_trained_on() -> None:
     """Their names stay in the checkpoint: they may be those of people."""
     data = {"split": "0", "train_identities": ["anna", "ben"]}
