@@ -402,8 +402,13 @@ class Trainer:
         return False
 
     def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        try:
+        with self._saved_where_frames_fail():
             yield from batches
+
+    @contextmanager
+    def _saved_where_frames_fail(self) -> Iterator[None]:
+        try:
+            yield
         except InvalidFramesError as error:
             self._save()
             raise DatasetError(
@@ -584,14 +589,15 @@ class Trainer:
 
     def _normalised(self, made: Checkpoint, config: WithinClassConfig) -> Checkpoint:
         embedder = Embedder(made, device=str(self.device), precision=self.precision)
-        people = normalise_head(
-            made.network,
-            embedder,
-            self.tracklets,
-            config,
-            lambda one, n: self.store.read(one.frames[n]),
-            self.listener.normalised,
-        )
+        with self._saved_where_frames_fail():
+            people = normalise_head(
+                made.network,
+                embedder,
+                self.tracklets,
+                config,
+                lambda one, n: self.store.read(one.frames[n]),
+                self.listener.normalised,
+            )
         provenance = {**made.provenance, "normalised_by_people": people}
         return make_checkpoint(made.network, made.preprocessing, provenance)
 

@@ -20,6 +20,7 @@ from torch import nn
 from model.checkpoint import Checkpoint, load_checkpoint
 from model.datasets.tracklets import Split, Tracklet
 from model.errors import DatasetError, TrainingError
+from model.frames import choose_frames
 from model.learner import Learner
 from model.recipe import Recipe, load_recipe
 from model.runs import STATE, Moment, RunFolder
@@ -435,6 +436,32 @@ def test_a_frame_that_breaks_later_loses_nothing(
     broken.write_bytes(intact)
     finished = train(recipe(), split, tmp_path / "run")
 
+    assert same(weights(whole), weights(finished))
+
+
+def test_a_frame_that_breaks_before_the_last_word_loses_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps are done and only the normalisation is left, which reads frames again."""
+    monkeypatch.setattr("model.loading._MEMORY_SHARE", 0.0)
+    drawn = tuple(draw(tmp_path / "data"))
+    split = Split("0", drawn, (), (), "")
+    whole = train(recipe(*NORMALISED), split, tmp_path / "whole")
+    broken = drawn[7].frames[choose_frames(len(drawn[7].frames), 2)[0]]
+    intact = broken.read_bytes()
+
+    class BreaksInTheEnd(Listener):
+        def progress(self, progress: Progress) -> None:
+            if progress.step == progress.steps:
+                broken.write_bytes(intact[:60])
+
+    with pytest.raises(DatasetError, match=rf"{broken.name}; the run is saved at step"):
+        train(recipe(*NORMALISED), split, tmp_path / "run", BreaksInTheEnd())
+    broken.write_bytes(intact)
+    heard = Heard()
+    finished = train(recipe(*NORMALISED), split, tmp_path / "run", heard)
+
+    assert heard.steps == []
     assert same(weights(whole), weights(finished))
 
 
