@@ -18,8 +18,13 @@ from service.logs import request_id
 log = logging.getLogger(__name__)
 # A poisoned device fails at everything; one bad tracklet, or two, must not turn the probe red.
 FAILURES_UNTIL_UNREADY = 3
-# Far above what a batch takes on the slowest machine that could serve at all.
-STUCK_S = 120.0
+# A batch that takes so many times as long as others of its size has got stuck, after STUCK_S at
+# the soonest.
+STUCK_TIMES = 50.0
+STUCK_S = 10.0
+# Seconds without work after which the worker embeds a grey frame to see whether it still can.
+CANARY_S = 10.0
+CANARY_FAILED_S = 1.0  # likewise, while it cannot
 
 
 class Embedder(Protocol):
@@ -96,8 +101,10 @@ class EmbeddingWorker:
         self._closing = False
         self._warm = False
         self._failures = 0  # in a row
-        self._busy_since: float | None = None
+        self._canary_failed = False
+        self._overdue_at: float | None = None  # of the batch at hand
         self._seconds_per_tracklet = 1.0
+        self._seconds_per_frame = 1.0
         self._thread = threading.Thread(target=self._run, name="embedding-worker", daemon=True)
 
     def start(self) -> None:
@@ -117,9 +124,11 @@ class EmbeddingWorker:
             raise WorkerUnavailableError(
                 f"the last {self._failures} tracklets could not be embedded"
             )
-        busy_since = self._busy_since
-        if busy_since is not None and time.monotonic() - busy_since > STUCK_S:
-            raise WorkerUnavailableError(f"a batch has not ended for {STUCK_S:g} s")
+        if self._canary_failed:
+            raise WorkerUnavailableError("a grey frame could not be embedded; the log says why")
+        overdue_at = self._overdue_at
+        if overdue_at is not None and time.monotonic() >= overdue_at:
+            raise WorkerUnavailableError("a batch does not end")
 
     def refuse_when_full(self) -> None:
         """Return while there is room in the queue.
@@ -183,14 +192,21 @@ class EmbeddingWorker:
         self._fail_waiting()
 
     def _run(self) -> None:
-        batch: list[_Job] = []
+        batch: list[_Job] | None = []
         try:
+            started = time.monotonic()
             self._embedder.warm_up()
+            self._seconds_per_frame = time.monotonic() - started  # far too long, until one is timed
             self._warm = True
-            while batch := self._next_batch():
-                self._busy_since = time.monotonic()
-                self._embed(batch)
-                self._busy_since = None
+            while (batch := self._next_batch()) is not None:
+                frames = sum(len(job.clip) for job in batch) or 1
+                limit_s = max(STUCK_S, STUCK_TIMES * frames * self._seconds_per_frame)
+                self._overdue_at = time.monotonic() + limit_s
+                if batch:
+                    self._embed(batch)
+                else:
+                    self._send_canary()
+                self._overdue_at = None
         except BaseException:
             log.exception("the embedding worker has died")
             raise
@@ -198,12 +214,29 @@ class EmbeddingWorker:
             with self._changed:
                 self._closing = True  # before the queue is emptied, so that nobody joins it after
             self._warm = False
-            _fail(job for job in batch if not job.future.done())
+            _fail([job for job in batch or [] if not job.future.done()])
             self._fail_waiting()
 
-    def _next_batch(self) -> list[_Job]:
-        """Wait for work; an empty batch means that the worker is to stop."""
+    def _send_canary(self) -> None:
+        """Embed a grey frame: whoever asks for nothing must still hear that nothing would come.
+
+        And where tracklets failed, it alone tells whether they or the device were bad, because a
+        service whose probe is red is asked no more.
+        """
+        try:
+            self._embedder.warm_up()
+        except Exception:
+            log.exception("the embedding worker cannot embed a grey frame")
+            self._canary_failed = True
+            return
+        self._canary_failed = False
+        self._failures = 0
+
+    def _next_batch(self) -> list[_Job] | None:
+        """Wait for work; an empty batch is a canary's turn, None the end."""
         batch: list[_Job] = []
+        is_failing = self._canary_failed or self._failures >= FAILURES_UNTIL_UNREADY
+        canary_at = time.monotonic() + (CANARY_FAILED_S if is_failing else CANARY_S)
         frames = 0
         full_at = math.inf
         with self._changed:
@@ -220,8 +253,10 @@ class EmbeddingWorker:
                 if batch and (self._jobs or self._closing or wait_s <= 0):
                     return batch
                 if self._closing:
+                    return None
+                if not batch and time.monotonic() >= canary_at:
                     return []
-                self._changed.wait(wait_s if batch else None)
+                self._changed.wait(wait_s if batch else canary_at - time.monotonic())
 
     def _is_wanted(self, job: _Job) -> bool:
         if not job.future.set_running_or_notify_cancel():
@@ -255,8 +290,10 @@ class EmbeddingWorker:
             self._failures += 1
             batch[0].future.set_exception(failure)
             return
-        self._failures = 0
+        self._failures, self._canary_failed = 0, False
         seconds = time.monotonic() - started
+        frames = sum(len(job.clip) for job in batch)
+        self._seconds_per_frame += 0.2 * (seconds / frames - self._seconds_per_frame)
         self._seconds_per_tracklet += 0.2 * (seconds / len(batch) - self._seconds_per_tracklet)
         for job, result in zip(batch, results, strict=True):
             job.future.set_result(Embedded(result, started - job.submitted, seconds))

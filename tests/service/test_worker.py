@@ -1,7 +1,8 @@
 """The embedding worker: batches, bounds, deadlines, failures and the end."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -372,11 +373,67 @@ def test_a_batch_that_does_not_end_turns_the_probe_red(
     future = occupy(worker, embedder)
     assert not says_unready(worker)
     monkeypatch.setattr("service.worker.STUCK_S", 0.0)
+    monkeypatch.setattr("service.worker.STUCK_TIMES", 0.0)
+    embedder.gate.set()
+    future.result(WAIT_S)
+    future = occupy(worker, embedder)
 
     assert says_unready(worker)
 
     embedder.gate.set()
     future.result(WAIT_S)
+    assert eventually(lambda: not says_unready(worker))
+
+
+def test_a_device_that_fails_while_nobody_asks_turns_the_probe_red_and_back(
+    embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("service.worker.CANARY_S", 0.01)
+    monkeypatch.setattr("service.worker.CANARY_FAILED_S", 0.01)
+    worker = EmbeddingWorker(embedder, max_frames=10, max_delay_s=0, max_tracklets=4)
+    worker.start()
+    assert eventually(lambda: not says_unready(worker))
+    working = embedder.warm_up
+
+    def fail() -> None:
+        raise RuntimeError("the device is poisoned")
+
+    monkeypatch.setattr(embedder, "warm_up", fail)
+    assert eventually(lambda: says_unready(worker))
+    assert "the device is poisoned" in caplog.text
+
+    monkeypatch.setattr(embedder, "warm_up", working)
+    assert eventually(lambda: not says_unready(worker))
+    worker.close(WAIT_S)
+
+
+def test_bad_tracklets_do_not_keep_the_probe_red(
+    embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends no more because it is red would never see it green again."""
+    monkeypatch.setattr("service.worker.CANARY_FAILED_S", 0.3)
+    worker = EmbeddingWorker(embedder, max_frames=10, max_delay_s=0, max_tracklets=4)
+    worker.start()
+
+    def refuse(_: Clip) -> None:
+        raise RuntimeError("nobody can embed this")
+
+    embedder.refuse = refuse
+    for _ in range(3):
+        with pytest.raises(WorkerUnavailableError):
+            worker.submit(clip(), deadline_s=WAIT_S).result(WAIT_S)
+    assert says_unready(worker)
+
+    assert eventually(lambda: not says_unready(worker))
+    worker.close(WAIT_S)
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether something comes to hold within reason."""
+    end = time.monotonic() + WAIT_S
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.005)
+    return holds()
 
 
 def says_unready(worker: EmbeddingWorker) -> bool:
