@@ -192,7 +192,7 @@ class EmbeddingWorker:
         self._fail_waiting()
 
     def _run(self) -> None:
-        batch: list[_Job] | None = []
+        batch: list[_Job] | None = None
         try:
             started = time.monotonic()
             self._embedder.warm_up()
@@ -214,7 +214,8 @@ class EmbeddingWorker:
             with self._changed:
                 self._closing = True  # before the queue is emptied, so that nobody joins it after
             self._warm = False
-            _fail([job for job in batch or [] if not job.future.done()])
+            if batch is not None:
+                _fail(job for job in batch if not job.future.done())
             self._fail_waiting()
 
     def _send_canary(self) -> None:
