@@ -2,7 +2,10 @@
 
 import contextlib
 import logging
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -18,8 +21,12 @@ from model.checkpoint import (
 from model.embedder import Embedder
 from service.app import create_app
 from service.settings import UNTRAINED, Settings
+from service.worker import EmbeddingWorker
 
 log = logging.getLogger(__name__)
+WATCH_S = 0.5
+# Seconds in which those who wait for a lost worker are answered.
+ABANDONED_GRACE_S = 3.0
 
 
 def choose_checkpoint(weights: str) -> Checkpoint:
@@ -44,6 +51,8 @@ def choose_checkpoint(weights: str) -> Checkpoint:
 class _Server(uvicorn.Server):
     """Uvicorn that ends with status 0 after a signal, and at once at the second one."""
 
+    lost = False  # ended because nothing can be embedded any more
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals without raising them again when everything is closed."""
@@ -64,10 +73,27 @@ class _Server(uvicorn.Server):
         del frame
 
 
+def _watch(worker: EmbeddingWorker, server: _Server, grace_s: float) -> None:
+    """End the process once its worker is lost, so that whatever supervises it starts another one.
+
+    Nothing within the process helps: a thread that hangs cannot be ended, and a device that failed
+    once fails the whole process.
+    """
+    while (reason := worker.lost()) is None:
+        time.sleep(WATCH_S)
+    log.critical("ending with status 1, to be started again: %s", reason)
+    server.lost = True
+    worker.abandon()
+    server.should_exit = True
+    time.sleep(grace_s)  # a thread that hangs would keep the process for ever
+    os._exit(1)
+
+
 def run(settings: Settings) -> None:
-    """Serve until a signal.
+    """Serve until a signal, or until nothing can be embedded any more.
 
     Raises:
+        SystemExit: With status 1, in the second case.
         ModelError: The weights, the device or the precision cannot be had.
         GalleryError: The data directory cannot be used.
     """
@@ -87,8 +113,9 @@ def run(settings: Settings) -> None:
             "identities": counts.identities,
         },
     )
+    app = create_app(embedder, gallery, settings)
     config = uvicorn.Config(
-        create_app(embedder, gallery, settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -96,4 +123,9 @@ def run(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
     )
-    _Server(config).run()
+    server = _Server(config)
+    watched = (app.state.parts.worker, server, ABANDONED_GRACE_S)
+    threading.Thread(target=_watch, args=watched, name="watchdog", daemon=True).start()
+    server.run()
+    if server.lost:
+        raise SystemExit(1)

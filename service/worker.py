@@ -25,6 +25,8 @@ STUCK_S = 10.0
 # Seconds without work after which the worker embeds a grey frame to see whether it still can.
 CANARY_S = 10.0
 CANARY_FAILED_S = 1.0  # likewise, while it cannot
+# Seconds of that, or of a batch that is stuck, after which only another process helps.
+LOST_S = 30.0
 
 
 class Embedder(Protocol):
@@ -101,8 +103,10 @@ class EmbeddingWorker:
         self._closing = False
         self._warm = False
         self._failures = 0  # in a row
-        self._canary_failed = False
+        self._canary_failed_since: float | None = None
         self._overdue_at: float | None = None  # of the batch at hand
+        self._batch: list[_Job] | None = None
+        self._died = False
         self._seconds_per_tracklet = 1.0
         self._seconds_per_frame = 1.0
         self._thread = threading.Thread(target=self._run, name="embedding-worker", daemon=True)
@@ -124,11 +128,33 @@ class EmbeddingWorker:
             raise WorkerUnavailableError(
                 f"the last {self._failures} tracklets could not be embedded"
             )
-        if self._canary_failed:
+        if self._canary_failed_since is not None:
             raise WorkerUnavailableError("a grey frame could not be embedded; the log says why")
-        overdue_at = self._overdue_at
-        if overdue_at is not None and time.monotonic() >= overdue_at:
+        if self._is_stuck():
             raise WorkerUnavailableError("a batch does not end")
+
+    def lost(self) -> str | None:
+        """Why this process will embed nothing any more; None while it may."""
+        if self._died:
+            return "the embedding worker has died"
+        if self._is_stuck(LOST_S):
+            return "a batch does not end"
+        since = self._canary_failed_since
+        if since is not None and time.monotonic() - since >= LOST_S:
+            return f"no grey frame could be embedded for {LOST_S:g} s"
+        return None
+
+    def abandon(self) -> None:
+        """Let whoever waits hear that nothing comes, also of the batch at hand; nobody joins."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        _fail(job for job in self._batch or [] if not job.future.done())
+        self._fail_waiting()
+
+    def _is_stuck(self, since_s: float = 0.0) -> bool:
+        overdue_at = self._overdue_at
+        return overdue_at is not None and time.monotonic() >= overdue_at + since_s
 
     def refuse_when_full(self) -> None:
         """Return while there is room in the queue.
@@ -192,13 +218,13 @@ class EmbeddingWorker:
         self._fail_waiting()
 
     def _run(self) -> None:
-        batch: list[_Job] | None = None
         try:
             started = time.monotonic()
             self._embedder.warm_up()
             self._seconds_per_frame = time.monotonic() - started  # far too long, until one is timed
             self._warm = True
             while (batch := self._next_batch()) is not None:
+                self._batch = batch
                 frames = sum(len(job.clip) for job in batch) or 1
                 limit_s = max(STUCK_S, STUCK_TIMES * frames * self._seconds_per_frame)
                 self._overdue_at = time.monotonic() + limit_s
@@ -206,16 +232,17 @@ class EmbeddingWorker:
                     self._embed(batch)
                 else:
                     self._send_canary()
-                self._overdue_at = None
+                self._overdue_at, self._batch = None, None
         except BaseException:
+            self._died = True
             log.exception("the embedding worker has died")
             raise
         finally:
             with self._changed:
                 self._closing = True  # before the queue is emptied, so that nobody joins it after
             self._warm = False
-            if batch is not None:
-                _fail(job for job in batch if not job.future.done())
+            self._overdue_at = None
+            _fail(job for job in self._batch or [] if not job.future.done())
             self._fail_waiting()
 
     def _send_canary(self) -> None:
@@ -227,16 +254,17 @@ class EmbeddingWorker:
         try:
             self._embedder.warm_up()
         except Exception:
-            log.exception("the embedding worker cannot embed a grey frame")
-            self._canary_failed = True
+            if self._canary_failed_since is None:  # once, not every second
+                log.exception("the embedding worker cannot embed a grey frame")
+                self._canary_failed_since = time.monotonic()
             return
-        self._canary_failed = False
-        self._failures = 0
+        self._failures, self._canary_failed_since = 0, None
 
     def _next_batch(self) -> list[_Job] | None:
         """Wait for work; an empty batch is a canary's turn, None the end."""
         batch: list[_Job] = []
-        is_failing = self._canary_failed or self._failures >= FAILURES_UNTIL_UNREADY
+        is_failing = self._failures >= FAILURES_UNTIL_UNREADY
+        is_failing |= self._canary_failed_since is not None
         canary_at = time.monotonic() + (CANARY_FAILED_S if is_failing else CANARY_S)
         frames = 0
         full_at = math.inf
@@ -291,13 +319,14 @@ class EmbeddingWorker:
             self._failures += 1
             batch[0].future.set_exception(failure)
             return
-        self._failures, self._canary_failed = 0, False
+        self._failures, self._canary_failed_since = 0, None
         seconds = time.monotonic() - started
         frames = sum(len(job.clip) for job in batch)
         self._seconds_per_frame += 0.2 * (seconds / frames - self._seconds_per_frame)
         self._seconds_per_tracklet += 0.2 * (seconds / len(batch) - self._seconds_per_tracklet)
         for job, result in zip(batch, results, strict=True):
-            job.future.set_result(Embedded(result, started - job.submitted, seconds))
+            if not job.future.done():  # or it was given up by `abandon`
+                job.future.set_result(Embedded(result, started - job.submitted, seconds))
 
     def _fail_waiting(self) -> None:
         with self._changed:
