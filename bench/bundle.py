@@ -47,6 +47,12 @@ def read_stages(runs: Sequence[Path]) -> list[dict[str, Any]]:
     return joined
 
 
+def describe_run(run: RunFolder) -> dict[str, Any]:
+    """What decided a run beside its recipe and data: seed, teacher and versions."""
+    facts = run.read_facts()
+    return {"seed": facts["seed"], "teacher": facts["teacher"], **facts["versions"]}
+
+
 def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
@@ -152,7 +158,7 @@ def main() -> None:
         "fingerprint": saved.fingerprint,
         "dim": arguments.dim,
         "squared_length_kept": round(kept, 4),
-        "stages": [RunFolder(run).read_facts()["versions"] for run in arguments.runs],
+        "stages": [describe_run(RunFolder(run)) for run in arguments.runs],
         "packed_with": versions(),
     }
     lines = [json.dumps(facts), *(json.dumps(row) for row in rows)]

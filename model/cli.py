@@ -235,6 +235,7 @@ def train(
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between saved states.")] = 120.0,
 ) -> None:
     """Train on tracklets; a run that was interrupted goes on exactly where it was."""
+    from model.errors import DatasetError, InvalidFramesError
     from model.evaluation_plan import read_seeds
     from model.experiment import choose_splits, plan_experiment
     from model.recipe import load_recipe
@@ -245,9 +246,12 @@ def train(
         overrides.append(f"start={json.dumps(start)}")
     experiment = plan_experiment(load_recipe(recipe, overrides), data, split_seed=split_seed)
     chosen, numbers = choose_splits(experiment.dataset, splits), read_seeds(seeds)
-    stopped_by = train_all(
-        experiment, chosen, numbers, output, _console, device=device, save_every_s=save_every
-    )
+    try:
+        stopped_by = train_all(
+            experiment, chosen, numbers, output, _console, device=device, save_every_s=save_every
+        )
+    except InvalidFramesError as error:
+        raise DatasetError(f"{error}; `passerby check-data` lists all such frames") from error
     if stopped_by is not None:
         raise typer.Exit(128 + stopped_by)
 

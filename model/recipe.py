@@ -222,6 +222,11 @@ class Recipe:
                 'batch.draw: expected "identities" for the triplet loss, which needs positives, '
                 'got "clips"'
             )
+        if self.optimiser.blend and self.start == RANDOM_START:
+            raise ValueError(
+                "optimiser.blend: expected 0 where a run begins with random weights, which know "
+                f"nothing worth keeping, got {self.optimiser.blend}"
+            )
         if self.network.neck and self.distillation and self.distillation.teacher == START:
             raise ValueError(
                 'network.neck: expected none with the teacher "start", which answers behind it '

@@ -285,6 +285,8 @@ def versions() -> dict[str, str | int]:
     found["torch"] = str(torch.__version__)
     found |= {"numpy": np.__version__, "machine": platform.machine()}
     found["threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
     for name in ("passerby", "torchvision", "pillow"):
         try:
             found[name] = version(name)

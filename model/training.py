@@ -386,6 +386,8 @@ class Trainer:
                 epoch + ended, 0 if ended else number + 1, self.moment.step + 1, elapsed
             )
             self._tell(epoch, loss)
+            if ended:
+                self._read_rest()
             if self._is_stopped():
                 self._save()
                 return
@@ -492,7 +494,19 @@ class Trainer:
         """
         self._unread.append(made)
         behind = 1 if self.device.type == "cuda" else 0
-        step = self._unread.popleft() if len(self._unread) > behind else made
+        return self._looked_at(self._unread.popleft() if len(self._unread) > behind else made)
+
+    def _read_rest(self) -> None:
+        """Look at what was left unread, before an epoch's weights are measured or kept."""
+        while self._unread:
+            self._looked_at(self._unread.popleft())
+
+    def _looked_at(self, step: "_Unread") -> float:
+        """The mean loss of a step.
+
+        Raises:
+            TrainingError: One is no number.
+        """
         losses = torch.stack(step.losses).tolist()
         for loss, batch in zip(losses, step.batches, strict=True):
             if not math.isfinite(loss):

@@ -18,7 +18,7 @@ from model.live_teacher import LiveTeacher
 from model.ranks import Ranks, joined_ranks
 from model.runs import RECIPE
 from model.teacher_cache import TeacherEmbeddings
-from model.training import Listener, Trainer
+from model.training import Listener, Trainer, make_sampler, usable_tracklets
 from model.training import Progress as Done
 
 LINE_EVERY_S = 30.0
@@ -135,6 +135,9 @@ def train_all(
     with joined_ranks(device) as ranks:
         with _listening(console, "data", ranks) as listener:
             tell_oddities(experiment, listener)
+        for split in splits:  # rather now than after a teacher has seen every frame
+            usable = usable_tracklets(split, Listener())
+            make_sampler(usable, experiment.recipe.batch, 0, ranks)
         # Beside the run, which begins in an empty folder.
         cache = output.absolute().parent / ".teacher"
         teacher = _ask_teacher(experiment, splits, cache, console, ranks, device)

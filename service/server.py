@@ -82,11 +82,12 @@ def _watch(worker: EmbeddingWorker, server: _Server, grace_s: float) -> None:
     while (reason := worker.lost()) is None:
         time.sleep(WATCH_S)
     log.critical("ending with status 1, to be started again: %s", reason)
-    server.lost = True
-    worker.abandon()
-    server.should_exit = True
-    time.sleep(grace_s)  # a thread that hangs would keep the process for ever
-    os._exit(1)
+    server.lost = server.should_exit = True
+    try:
+        worker.abandon()
+        time.sleep(grace_s)
+    finally:
+        os._exit(1)  # a thread that hangs would keep the process for ever
 
 
 def run(settings: Settings) -> None:

@@ -22,6 +22,8 @@ FAILURES_UNTIL_UNREADY = 3
 # the soonest.
 STUCK_TIMES = 50.0
 STUCK_S = 10.0
+# Seconds for what a device does once, before the first batch.
+WARM_UP_S = 300.0
 # Seconds without work after which the worker embeds a grey frame to see whether it still can.
 CANARY_S = 10.0
 CANARY_FAILED_S = 1.0  # likewise, while it cannot
@@ -220,7 +222,9 @@ class EmbeddingWorker:
     def _run(self) -> None:
         try:
             started = time.monotonic()
+            self._overdue_at = started + WARM_UP_S
             self._embedder.warm_up()
+            self._overdue_at = None
             self._seconds_per_frame = time.monotonic() - started  # far too long, until one is timed
             self._warm = True
             while (batch := self._next_batch()) is not None:

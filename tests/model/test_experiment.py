@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,44 @@ def test_what_a_run_begins_with_may_be_its_teacher(drawn: Path, tmp_path: Path) 
     learned = trainer.learner(batch.clips, trainer._teach(batch, batch.clips))
 
     assert learned.distilled.embedding.item() == pytest.approx(0, abs=1e-3)
+
+
+def taught_by_the_start(folder: Path) -> list[str]:
+    """Options of a run that begins with weights and is taught by them."""
+    weights = folder / "first.safetensors"
+    network = TrackletNet(NetworkConfig(backbone="conv5", head=8))
+    save_checkpoint(make_checkpoint(network, Preprocessing(height=64, width=32)), weights)
+    settings = [word for one in FORGET_NOTHING for word in ("--set", one)]
+    return [*settings, "--init", str(weights)]
+
+
+def test_too_few_people_are_refused_before_the_teacher_is_asked(
+    drawn: Path, tmp_path: Path
+) -> None:
+    """It would see every frame first, which takes minutes."""
+    settings = taught_by_the_start(tmp_path)
+
+    result = train(drawn, tmp_path / "run", *settings, "--set", "batch.identities=99")
+
+    assert isinstance(result.exception, TrainingError)
+    assert "expected at least 99 training identities" in str(result.exception)
+    assert not (tmp_path / ".teacher").exists()
+
+
+def test_a_frame_that_cannot_be_decoded_is_named_with_what_lists_them(
+    drawn: Path, tmp_path: Path
+) -> None:
+    """Also where a teacher meets it before the training does."""
+    data = tmp_path / "data"
+    shutil.copytree(drawn, data)
+    for path in sorted(data.rglob("*.png"))[::2]:
+        path.write_bytes(b"no image")
+
+    result = train(data, tmp_path / "run", *taught_by_the_start(tmp_path))
+
+    assert isinstance(result.exception, DatasetError)
+    assert "could not decode" in str(result.exception)
+    assert "passerby check-data" in str(result.exception)
 
 
 @needs_openvino

@@ -151,6 +151,7 @@ def test_every_mistake_is_named_at_once() -> None:
         ("optimiser", "epochs", 0),
         ("optimiser", "rate", -1.0),
         ("optimiser", "ema", 1.0),
+        ("optimiser", "blend", 1.0),
         ("optimiser", "milestones", [400, 200]),
         ("optimiser", "milestones", [-5]),
         ("optimiser", "factor", 0.0),
@@ -255,3 +256,8 @@ def test_a_recipe_without_places_names_files_and_no_folders() -> None:
     assert told.distillation is not None
     assert (told.distillation.teacher, told.distillation.cache) == ("t.onnx", None)
     assert without_places(load_recipe("folder")) == load_recipe("folder")
+
+
+def test_weights_are_not_blended_with_random_ones() -> None:
+    with pytest.raises(RecipeError, match="expected 0 where a run begins with random weights"):
+        load_recipe("finetune", ["start=random", "distillation.teacher=t.onnx"])

@@ -790,4 +790,7 @@ def test_on_a_gpu_a_loss_is_read_a_step_later(people: Split, tmp_path: Path) -> 
     assert [read(0, 1.0), read(1, 2.0), read(2, 3.0)] == [1.5, 1.5, 2.5]
     assert read(3, float("nan")) == 3.5
     with pytest.raises(TrainingError, match="the loss is nan after 3 steps"):
-        read(4, 1.0)
+        trainer._read_rest()
+    read(4, 1.0)
+    with pytest.raises(TrainingError, match="the loss is nan after 5 steps"):
+        [read(5, float("nan")), read(6, 1.0)]

@@ -385,6 +385,23 @@ def test_a_batch_that_does_not_end_turns_the_probe_red(
     assert eventually(lambda: not says_unready(worker))
 
 
+def test_a_warm_up_that_does_not_end_is_lost(
+    embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.worker.WARM_UP_S", 0.0)
+    monkeypatch.setattr("service.worker.LOST_S", 0.0)
+    embedder.warm_gate.clear()
+    worker = EmbeddingWorker(embedder, max_frames=10, max_delay_s=0, max_tracklets=4)
+    worker.start()
+
+    assert eventually(lambda: worker.lost() is not None)
+    assert says_unready(worker)
+
+    embedder.warm_gate.set()
+    assert eventually(lambda: worker.lost() is None and not says_unready(worker))
+    worker.close(WAIT_S)
+
+
 def test_a_device_that_fails_while_nobody_asks_turns_the_probe_red_and_back(
     embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
