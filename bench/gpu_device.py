@@ -19,9 +19,8 @@ MATRIX_RATE, COPY_RATE = "bf16 product, TFLOP/s", "copy, GB/s"
 TOP_K = 10
 CHUNK_ROWS = 32_768  # of the gallery in float64 at a time
 
-Row = dict[
-    str, Any
-]  # a row of a table, by heads; "failed" or "differs" tells what is wrong with it
+# A row of a table, by heads; "failed" or "differs" tells what is wrong with it.
+Row = dict[str, Any]
 Rates = dict[str, float]
 
 

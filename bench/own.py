@@ -140,7 +140,13 @@ class Bench:
             device=self.setting.device,
             listener=listener,
             save_every_s=60.0,
-            teacher=ask_teacher(experiment, [split], self.setting.output / ".teacher", listener),
+            teacher=ask_teacher(
+                experiment,
+                [split],
+                self.setting.output / ".teacher",
+                listener,
+                self.setting.device,
+            ),
         )
         trainer = Trainer(job, folder, listener=listener)
         product = trainer.run()

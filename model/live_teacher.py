@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.errors import TeacherError
 from model.frames import Clip
 from model.teacher import TINY, Teacher
-from model.teacher_cache import Looks, group_by_camera
+from model.teacher_cache import Looks
 
 
 class LiveTeacher:
@@ -35,9 +34,7 @@ class LiveTeacher:
     ) -> None:
         self.teacher, self.dim, self.views = teacher.fingerprint, teacher.dim, views
         self._asked = teacher
-        ordered = sorted(frames)
-        self._looks = Looks(ordered, group_by_camera(ordered, cameras))
-        self._rows = {path: row for row, path in enumerate(ordered)}
+        self._looks = Looks(sorted(frames), cameras)
         self._graphs: dict[tuple[int, ...], _Captured] = {}
 
     def show(self, frame: Path, view: int, read: Callable[[Path], Clip]) -> Clip:
@@ -46,11 +43,7 @@ class LiveTeacher:
         Raises:
             TeacherError: It is none of its frames.
         """
-        if frame not in self._rows:
-            raise TeacherError(
-                f"expected one of the {len(self._rows)} frames of the teacher, got {frame}"
-            )
-        return self._looks.show(self._rows[frame], view, read)
+        return self._looks.show(self._looks.row(frame), view, read)
 
     def see(self, clips: Tensor) -> Tensor:
         """What the teacher makes of crops.

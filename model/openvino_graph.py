@@ -7,7 +7,7 @@ to opset8); anything else is refused by name.
 """
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -63,6 +63,7 @@ class OpenVinoGraph(nn.Module):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._layers = _read_layers(path)
+        self._done_with = _last_uses(self._layers)
         self.shape = _input_shape(self._layers, path)
         try:
             weights = bytearray(path.with_suffix(".bin").read_bytes())
@@ -115,6 +116,8 @@ class OpenVinoGraph(nn.Module):
             else:
                 inputs = [values[source] for source in layer.sources]
                 values[name] = _KINDS[layer.kind](layer.data, *inputs)
+            for source in self._done_with[name]:
+                del values[source]
         raise TeacherError("expected a network with a result")
 
 
@@ -165,6 +168,19 @@ def _in_order(layers: dict[str, _Layer], path: Path) -> dict[str, _Layer]:
     return ordered
 
 
+def _last_uses(layers: Mapping[str, _Layer]) -> dict[str, set[str]]:
+    """After each layer, whose output nobody needs any more: to keep all would take far more memory.
+
+    Args:
+        layers: In order.
+    """
+    last = {source: name for name, layer in layers.items() for source in layer.sources}
+    done: dict[str, set[str]] = {name: set() for name in layers}
+    for source, name in last.items():
+        done[name].add(source)
+    return done
+
+
 def _input_shape(layers: Mapping[str, _Layer], path: Path) -> tuple[int, ...]:
     inputs = [layer for layer in layers.values() if layer.kind == "Parameter"]
     outputs = [layer for layer in layers.values() if layer.kind == "Result"]
@@ -208,10 +224,8 @@ def _convert(data: Mapping[str, str], value: Tensor) -> Tensor:
 
 
 def _padded(data: Mapping[str, str], value: Tensor, fill: float = 0.0) -> Tensor:
-    """Pad as a convolution says."""
-    if data.get("auto_pad", "explicit") not in ("explicit", "notset"):
-        raise TeacherError(f"expected explicit padding, got auto_pad {data['auto_pad']}")
-    before, after = _numbers(data, "pads_begin"), _numbers(data, "pads_end")
+    """Pad as a layer says."""
+    before, after = _pads(data)
     if not any(before + after):
         return value
     sides = [side for pair in zip(before, after, strict=True) for side in pair]
@@ -220,16 +234,22 @@ def _padded(data: Mapping[str, str], value: Tensor, fill: float = 0.0) -> Tensor
     return functional.pad(value, [side for pair in reversed(pairs) for side in pair], value=fill)
 
 
+def _pads(data: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How much a layer pads before and after each side."""
+    if data.get("auto_pad", "explicit") not in ("explicit", "notset"):
+        raise TeacherError(f"expected explicit padding, got auto_pad {data['auto_pad']}")
+    return _numbers(data, "pads_begin"), _numbers(data, "pads_end")
+
+
 def _convolution(data: Mapping[str, str], value: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
-    before, after = _numbers(data, "pads_begin"), _numbers(data, "pads_end")
-    padding: Sequence[int] = before
-    if before != after or data.get("auto_pad", "explicit") not in ("explicit", "notset"):
-        value, padding = _padded(data, value), [0] * len(before)
+    padding, after = _pads(data)
+    if padding != after:
+        value, padding = _padded(data, value), (0, 0)
     return functional.conv2d(
         value,
         kernel,
         stride=_numbers(data, "strides"),
-        padding=tuple(padding),
+        padding=padding,
         dilation=_numbers(data, "dilations"),
         groups=groups,
     )
@@ -308,7 +328,7 @@ def _max_pool(data: Mapping[str, str], value: Tensor) -> Tensor:
 
 def _average_pool(data: Mapping[str, str], value: Tensor) -> Tensor:
     _require_floor(data)
-    before, after = _numbers(data, "pads_begin"), _numbers(data, "pads_end")
+    before, after = _pads(data)
     if any(before + after):
         raise TeacherError("expected AvgPool without padding, got some")
     return functional.avg_pool2d(value, _numbers(data, "kernel"), _numbers(data, "strides"))

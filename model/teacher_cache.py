@@ -66,11 +66,10 @@ class TeacherEmbeddings:
         self.teacher, self.views = teacher, len(embeddings)
         self.dim = int(embeddings.shape[2])
         self._embeddings = embeddings
-        self._looks = Looks(list(frames), group_by_camera(frames, cameras))
-        self._rows = {path: row for row, path in enumerate(frames)}
+        self._looks = Looks(frames, cameras)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._looks.frames)
 
     @overload
     def of(self, frames: Path) -> Embeddings: ...
@@ -92,8 +91,8 @@ class TeacherEmbeddings:
             TeacherError: The teacher has not seen one of them.
         """
         if isinstance(frames, Path):
-            return np.asarray(self._embeddings[0, self._row(frames)], np.float32)
-        rows = [self._row(path) for path in frames]
+            return np.asarray(self._embeddings[0, self._looks.row(frames)], np.float32)
+        rows = [self._looks.row(path) for path in frames]
         looks = [0] * len(rows) if views is None else list(views)
         return np.asarray(self._embeddings[looks, rows], np.float32)
 
@@ -111,27 +110,42 @@ class TeacherEmbeddings:
         Raises:
             TeacherError: The teacher has not seen it.
         """
-        return self._looks.show(self._row(frame), view, read)
+        return self._looks.show(self._looks.row(frame), view, read)
 
-    def _row(self, frame: Path) -> int:
+
+class Looks:
+    """The frames that a teacher sees, and what other looks of them are made of.
+
+    Args:
+        frames: N image files, each once.
+        cameras: Which camera each is of; of one camera where None.
+
+    Attributes:
+        frames: As they were given.
+        cameras: The numbers of frames, camera by camera.
+    """
+
+    def __init__(self, frames: Sequence[Path], cameras: Mapping[Path, str] | None) -> None:
+        self.frames = list(frames)
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for number, frame in enumerate(self.frames):
+            numbers["" if cameras is None else cameras[frame]].append(number)
+        self.cameras = [numbers[camera] for camera in sorted(numbers)]
+        self._rows = {path: row for row, path in enumerate(self.frames)}
+
+    def row(self, frame: Path) -> int:
+        """The number of a frame.
+
+        Raises:
+            TeacherError: It is none of them.
+        """
         try:
             return self._rows[frame]
         except KeyError as error:
             raise TeacherError(
-                f"expected one of the {len(self)} frames that the teacher has seen, got {frame}"
+                f"expected one of the {len(self.frames)} frames that the teacher has seen, "
+                f"got {frame}"
             ) from error
-
-
-class Looks(NamedTuple):
-    """What the looks of frames are made of.
-
-    Args:
-        frames: All that the teacher sees.
-        cameras: Their numbers, camera by camera.
-    """
-
-    frames: list[Path]
-    cameras: list[list[int]]
 
     def show(self, row: int, view: int, read: Callable[[Path], Clip]) -> Clip:
         """A look of frame number ``row``, of the size that ``read`` gives frames in."""
@@ -140,14 +154,6 @@ class Looks(NamedTuple):
             return crop
         plan = plan_view(row, view, self.cameras)
         return render_view(plan, crop, lambda number: read(self.frames[number]))
-
-
-def group_by_camera(frames: Sequence[Path], cameras: Mapping[Path, str] | None) -> list[list[int]]:
-    """The numbers of frames, camera by camera; of one camera where None."""
-    numbers: dict[str, list[int]] = defaultdict(list)
-    for number, frame in enumerate(frames):
-        numbers["" if cameras is None else cameras[frame]].append(number)
-    return [numbers[camera] for camera in sorted(numbers)]
 
 
 def cache_embeddings(
@@ -291,7 +297,7 @@ def _list_frames(
         raise TeacherError(
             f"expected a frame for the teacher, could not read {error.filename}: {reason(error)}"
         ) from error
-    looks = Looks(ordered, group_by_camera(ordered, cameras))
+    looks = Looks(ordered, cameras)
     listings = []
     for view in range(views):
         named: Any = listed

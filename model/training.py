@@ -320,8 +320,9 @@ class Trainer:
             return self.folder.product
         self._restore()
         self.store.preload(self.listener.loaded)
-        # Batches are all of one size: the fastest kernels are worth looking for.
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        if self.device.type == "cuda":
+            # Batches are all of one size: the fastest kernels are worth looking for.
+            torch.backends.cudnn.benchmark = True
         with self._signals(), self._tensorboard() as board:
             self._board = board
             try:

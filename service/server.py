@@ -73,7 +73,7 @@ class _Server(uvicorn.Server):
         del frame
 
 
-def _watch(worker: EmbeddingWorker, server: _Server, grace_s: float) -> None:
+def _watch(worker: EmbeddingWorker, server: _Server) -> None:
     """End the process once its worker is lost, so that whatever supervises it starts another one.
 
     Nothing within the process helps: a thread that hangs cannot be ended, and a device that failed
@@ -85,7 +85,7 @@ def _watch(worker: EmbeddingWorker, server: _Server, grace_s: float) -> None:
     server.lost = server.should_exit = True
     try:
         worker.abandon()
-        time.sleep(grace_s)
+        time.sleep(ABANDONED_GRACE_S)
     finally:
         os._exit(1)  # a thread that hangs would keep the process for ever
 
@@ -125,7 +125,7 @@ def run(settings: Settings) -> None:
         timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
     )
     server = _Server(config)
-    watched = (app.state.parts.worker, server, ABANDONED_GRACE_S)
+    watched = (app.state.parts.worker, server)
     threading.Thread(target=_watch, args=watched, name="watchdog", daemon=True).start()
     server.run()
     if server.lost:

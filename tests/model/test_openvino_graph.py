@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.errors import TeacherError
-from model.openvino_graph import OpenVinoGraph
+from model.openvino_graph import _KINDS, OpenVinoGraph
 from model.teacher import load_teacher
 
 SHARED = Path(os.environ.get("SHARED", Path(__file__).parents[3] / "shared"))
@@ -77,6 +79,33 @@ def test_a_network_gives_what_openvino_gives(tmp_path: Path, half: bool) -> None
     assert made.shape == (3, 6)
     assert made == pytest.approx(expected, abs=2e-5)
     assert np.ptp(expected, axis=0).max() > 1e-2  # crops are told apart
+
+
+@needs_openvino
+def test_what_a_layer_made_is_not_kept_longer_than_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher of a thousand layers would take a card's whole memory otherwise."""
+    graph = OpenVinoGraph(write_ir(tmp_path / "network.xml"))
+    made: list[weakref.ref[torch.Tensor]] = []
+    first, last = _KINDS["Convolution"], _KINDS["Tanh"]
+    alive: list[bool] = []
+
+    def remember(*inputs: Any) -> torch.Tensor:
+        output = first(*inputs)
+        made.append(weakref.ref(output))
+        return output
+
+    def look(*inputs: Any) -> torch.Tensor:
+        alive.extend(one() is not None for one in made)
+        return last(*inputs)
+
+    monkeypatch.setitem(_KINDS, "Convolution", remember)
+    monkeypatch.setitem(_KINDS, "Tanh", look)
+    with torch.inference_mode():
+        graph(torch.from_numpy(crops(2)))
+
+    assert alive == [False]
 
 
 @needs_openvino
