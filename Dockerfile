@@ -11,7 +11,8 @@ RUN case "$INDEX" in cpu|gpu) ;; *) echo "INDEX: expected cpu or gpu, got $INDEX
  && python -c "import tomllib; \
 file = tomllib.load(open('pyproject.toml', 'rb')); \
 project = file['project']; \
-extra = project['optional-dependencies']['$INDEX']; \
+extras = {'cpu': ['cpu', 'openvino'], 'gpu': ['gpu']}['$INDEX']; \
+extra = [one for name in extras for one in project['optional-dependencies'][name]]; \
 print(*file['build-system']['requires'], *project['dependencies'], *extra, sep='\n')" \
   > /requirements.txt
 

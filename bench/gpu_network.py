@@ -36,8 +36,8 @@ class Way(NamedTuple):
 def make_ways(checkpoint: Checkpoint, device: str) -> Iterator[Way]:
     """The network as it is, as `Embedder` runs it, and as it might."""
     eager, how = copy.deepcopy(checkpoint.network).to(device), checkpoint.preprocessing
-    exact = Embedder(checkpoint, device=device, precision="fp32")
-    rough = Embedder(checkpoint, device=device, precision="bf16")
+    exact = Embedder(checkpoint, device=device, precision="fp32", runtime="torch")
+    rough = Embedder(checkpoint, device=device, precision="bf16", runtime="torch")
     run = pass_through(eager, lambda frames: normalise(frames, how).contiguous())
     yield Way("eager fp32", "fp32", run)
     run = pass_through(exact._network, lambda frames: normalise(frames, how))

@@ -10,6 +10,7 @@ from index.ranking import Rows
 from index.rows import to_microseconds
 
 _NONE = -1
+_UNKNOWN = -2
 _NO_TIME = np.iinfo(np.int64).min
 _ROW = np.dtype(
     [
@@ -87,6 +88,12 @@ class Columns:
             raise KeyError(key)
         return slot
 
+    def slots(self, keys: Sequence[int]) -> Rows:
+        """Where rows with keys are, (n,) int64; keys that no row has are left out."""
+        found: Rows = np.searchsorted(self.keys, np.array(keys, dtype=np.int64))
+        found = found[found < self._used]
+        return found[np.isin(self.keys[found], keys)]
+
     def update(
         self, slot: int, identity: str | None, camera: str | None, start_time: int | None
     ) -> None:
@@ -107,12 +114,27 @@ class Columns:
         self._buffer = kept
         self._used = len(kept)
 
-    def mask(self, filters: Filters, without: Sequence[int] = ()) -> NDArray[np.bool_]:
+    def agree(
+        self,
+        slots: Rows,
+        identities: Iterable[str | None],
+        cameras: Iterable[str | None],
+        start_times: Iterable[int | None],
+    ) -> bool:
+        """Whether this is what is known of rows; as many of each as there are slots."""
+        rows = self._rows[slots]
+        expected = (
+            ("identity", [_known_code(self._identities, identity) for identity in identities]),
+            ("camera", [_known_code(self._cameras, camera) for camera in cameras]),
+            ("start", [_NO_TIME if time is None else time for time in start_times]),
+        )
+        return all(rows[name].tolist() == values for name, values in expected)
+
+    def mask(self, filters: Filters) -> NDArray[np.bool_]:
         """Which slots hold a row that passes.
 
         Args:
             filters: All but ``exclude_tracklets``, whose names are not kept here.
-            without: The keys of the tracklets to exclude.
 
         Returns:
             (N,) bool.
@@ -132,8 +154,6 @@ class Columns:
         if filters.until is not None:
             mask &= rows["start"] <= to_microseconds(filters.until)
             mask &= rows["start"] != _NO_TIME
-        if without:
-            mask &= ~np.isin(rows["key"], without)
         return mask
 
     def groups(self, slots: Rows) -> Rows:
@@ -158,6 +178,10 @@ class Columns:
 
 def _code(codes: dict[str, int], name: str | None) -> int:
     return _NONE if name is None else codes.setdefault(name, len(codes))
+
+
+def _known_code(codes: dict[str, int], name: str | None) -> int:
+    return _NONE if name is None else codes.get(name, _UNKNOWN)
 
 
 def _among(

@@ -1,40 +1,81 @@
 """What memory holds of a gallery: derived from the store, and at any time made again from it."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from index.columns import Columns
-from index.gallery import Embeddings, Filters, GroupBy, TrackletRecord
-from index.ranking import Ranked, Rows, rank
-from index.rows import to_microseconds
-from index.store import Chunk, Store
-from index.vectors import IndexPlan, VectorIndex
+from index.gallery import Embeddings, Filters, GroupBy, Match, SearchResult, TrackletRecord
+from index.ranking import Nearest, Rows, rank
+from index.rows import to_microseconds, to_stored
+from index.sharing import SharedCalls
+from index.store import Chunk, Store, to_matrix
+from index.vectors import Allowed, IndexPlan, VectorIndex
 
 _ROWS_AT_ONCE = 2048
 # So few rows are measured one by one where FAISS would only guess: filters may leave a handful of
 # rows that an approximate search does not happen to pass by.
 _FEW_ROWS = 1000
-_FIRST_CANDIDATES = 256
+_FIRST_CANDIDATES = 64
 _MOST_FIRST_CANDIDATES = 1024
+# By then each query of a call costs an eighth of what it costs alone, and answers still come soon.
+_MOST_TOGETHER = 64
+_EVERYONE = Filters()
+
+
+class OutOfStepError(Exception):
+    """Raised when a search finds a row otherwise in the store than in memory; never leaves us."""
+
+
+class Question(NamedTuple):
+    """What one search asks of the vectors.
+
+    Args:
+        query: (D,) float32.
+        wanted: How many slots.
+        allowed: Which take part.
+    """
+
+    query: Embeddings
+    wanted: int
+    allowed: Allowed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """What to look for, see `index.gallery.Gallery.search`."""
+
+    query: Embeddings
+    top_k: int
+    group_by: GroupBy
+    filters: Filters
+    max_distance: float | None
 
 
 class Derived:
-    """Columns and vectors, slot by slot, of a gallery that is not empty. Not thread-safe.
+    """Columns and vectors, slot by slot, of a gallery that is not empty.
+
+    Many threads may search at once, but only while nobody changes anything.
 
     Args:
         model: Whose embeddings these are.
         vectors: An index without rows.
+        calls: How many FAISS calls may be under way at once.
     """
 
-    def __init__(self, model: str, vectors: VectorIndex) -> None:
+    def __init__(self, model: str, vectors: VectorIndex, *, calls: int) -> None:
         self.model = model
         self.vectors = vectors
         self.columns = Columns()
+        self._shared = SharedCalls(self._nearest, at_once=calls, most=_MOST_TOGETHER)
+        # What every search wants to know, until the next change.
+        self._everyone: Allowed | None = None
+        self._groups: int | None = None
 
     @classmethod
-    def load(cls, store: Store, plan: IndexPlan) -> "Derived | None":
+    def load(cls, store: Store, plan: IndexPlan, *, calls: int) -> "Derived | None":
         """Make it from the store; None if that is empty.
 
         Raises:
@@ -46,7 +87,7 @@ class Derived:
             return None
         sample_rows = plan.sample_rows(dimension, tracklets)
         sample = store.sample(sample_rows) if sample_rows else None
-        derived = cls(model, plan.build(dimension, sample))
+        derived = cls(model, plan.build(dimension, sample), calls=calls)
         derived.vectors.reserve(tracklets)
         for chunk in store.chunks(_ROWS_AT_ONCE):
             derived.add(chunk)
@@ -59,16 +100,19 @@ class Derived:
 
     def add(self, chunk: Chunk) -> None:
         """Add rows whose keys are greater than all before."""
+        self._forget()
         slots = self.columns.append(chunk.keys, chunk.identities, chunk.cameras, chunk.start_times)
         self.vectors.add(slots, chunk.vectors)
 
     def update(self, key: int, record: TrackletRecord) -> None:
         """Replace what is known of a row."""
+        self._forget()
         slot, start = self.columns.slot(key), to_microseconds(record.start_time)
         self.columns.update(slot, record.identity, record.camera, start)
 
     def remove(self, key: int) -> None:
         """Take a row away."""
+        self._forget()
         slot = self.columns.slot(key)
         self.columns.bury(slot)
         self.vectors.remove(slot)
@@ -80,73 +124,131 @@ class Derived:
 
     def compact(self) -> bool:
         """Free the memory of dead slots; says whether this kind of index can."""
-        if not self.vectors.compact(self.columns.mask(Filters())):
+        self._forget()
+        if not self.vectors.compact(self.columns.mask(_EVERYONE)):
             return False
         self.columns.compact()
         return True
 
-    def rank(
-        self,
-        store: Store,
-        query: Embeddings,
-        *,
-        top_k: int,
-        group_by: GroupBy,
-        mask: NDArray[np.bool_],
-    ) -> list[Ranked]:
-        """Rank the rows of a mask.
+    def search(self, store: Store, search: Search) -> SearchResult:
+        """Answer a search.
 
         Args:
-            store: Where the vectors are read for the final distances.
-            query: (D,) float32.
-            top_k: How many.
-            group_by: As for `index.gallery.Gallery.search`.
-            mask: (N,) bool, by slot; only rows that are alive.
+            store: Where the records are read, and the vectors that memory has only roughly.
+            search: With a query of the right dimension.
+
+        Raises:
+            OutOfStepError: A row of the answer is not in the store as it is in memory.
         """
-        searched = _Searched(self, store, query, mask, group_by)
-        return rank(query, searched, top_k=top_k, first=self._first(top_k, group_by))
+        left_out = search.filters.exclude_tracklets
+        source = _Searched(self, store, search, store.keys(left_out) if left_out else ())
+        if not source.count:
+            return SearchResult((), 0, None)
+        first = self._first(search.top_k, search.group_by)
+        ranked = rank(search.query, source, top_k=search.top_k, first=first)
+        limit = search.max_distance
+        near = [each for each in ranked if limit is None or each.distance <= limit]
+        records = source.records([each.row for each in near])
+        matches = tuple(map(Match, records, (each.distance for each in near)))
+        return SearchResult(matches, source.count, ranked[0].distance if ranked else None)
+
+    def nearest(self, key: Hashable, question: Question) -> Nearest:
+        """The slots nearest to a query; threads that ask at the same time share a call.
+
+        Args:
+            key: Equal for questions of equal `Question.allowed`.
+            question: What is asked. The answer may hold more slots, and removed ones.
+        """
+        if not self.vectors.exhaustive:
+            key = (key, question.wanted)  # whoever asks for more looks further: no good as company
+        return self._shared.ask(key, question)
+
+    def allowed(self, filters: Filters) -> Allowed:
+        """Which slots pass filters without ``exclude_tracklets``."""
+        if filters != _EVERYONE:
+            return Allowed(self.columns.mask(filters))
+        if self._everyone is None:
+            self._everyone = Allowed(self.columns.mask(_EVERYONE), everyone=True)
+        return self._everyone
+
+    def _nearest(self, questions: Sequence[Question]) -> list[Nearest]:
+        queries = np.stack([each.query for each in questions])
+        count = max(each.wanted for each in questions)
+        return self.vectors.search(queries, count, questions[0].allowed)
 
     def _first(self, top_k: int, group_by: GroupBy) -> int:
         """How many candidates will probably do: four times what evenly mixed groups would take."""
-        groups = self.columns.identities() + self.columns.unnamed()
-        mean = self.columns.alive / groups if group_by == "identity" else 1
+        if self._groups is None:
+            self._groups = self.columns.identities() + self.columns.unnamed()
+        mean = self.columns.alive / self._groups if group_by == "identity" else 1
         likely = min(int(4 * top_k * mean), _MOST_FIRST_CANDIDATES)
         return max(likely, 2 * top_k, _FIRST_CANDIDATES)
+
+    def _forget(self) -> None:
+        self._everyone = None
+        self._groups = None
 
 
 class _Searched:
     """The rows that take part in one search, as `rank` wants to see them: a row is a slot."""
 
     def __init__(
-        self,
-        derived: Derived,
-        store: Store,
-        query: Embeddings,
-        mask: NDArray[np.bool_],
-        group_by: GroupBy,
+        self, derived: Derived, store: Store, search: Search, left_out: Sequence[int]
     ) -> None:
         self._derived = derived
         self._store = store
-        self._query = query
-        self._mask = mask
-        self._group_by = group_by
-        self.count = int(np.count_nonzero(mask))
+        self._search = search
+        # Some more than take part: those few that are left out by name do not keep this search from
+        # sharing a call with others.
+        self._filters = replace(search.filters, exclude_tracklets=frozenset())
+        self._allowed = derived.allowed(self._filters)
+        self._mask, self.count = self._allowed.mask, self._allowed.count
+        if left_out:
+            self._mask = self._mask.copy()
+            self._mask[derived.columns.slots(left_out)] = False
+            self.count = int(np.count_nonzero(self._mask))
         self.exhaustive = derived.vectors.exhaustive
         self._measures_all = not self.exhaustive and self.count <= _FEW_ROWS
-        self.error = None if self._measures_all else derived.vectors.error
+        self._rows: dict[int, tuple[Any, ...]] = {}
 
-    def nearest(self, count: int, without: Rows) -> tuple[Rows, NDArray[np.float32]]:
+    def nearest(self, count: int, without: Rows) -> Nearest:
         if self._measures_all:
             rows = np.flatnonzero(self._mask)
-            return rows, np.zeros(len(rows), dtype=np.float32)
-        allowed = self._mask
+            return Nearest(rows, np.zeros(len(rows), dtype=np.float32), np.inf, None)
         if len(without):
-            slots = np.arange(len(allowed), dtype=np.int64)
-            allowed = allowed & ~np.isin(self.groups(slots), without)
-        return self._derived.vectors.search(self._query, min(count, self.count), allowed)
+            return self._nearest_of_others(count, without)
+        left_out = self._allowed.count - self.count
+        question = Question(self._search.query, count + left_out, self._allowed)
+        found = self._derived.nearest(self._filters, question)
+        mine = self._mask[found.rows]
+        return replace(found, rows=found.rows[mine], squared=found.squared[mine])
+
+    def _nearest_of_others(self, count: int, without: Rows) -> Nearest:
+        slots = np.arange(len(self._mask), dtype=np.int64)
+        allowed = Allowed(self._mask & ~np.isin(self.groups(slots), without))
+        return self._derived.nearest(object(), Question(self._search.query, count, allowed))
 
     def groups(self, rows: Rows) -> Rows:
-        return rows if self._group_by == "tracklet" else self._derived.columns.groups(rows)
+        by_tracklet = self._search.group_by == "tracklet"
+        return rows if by_tracklet else self._derived.columns.groups(rows)
 
     def fetch(self, rows: Rows) -> tuple[Sequence[str], Embeddings]:
-        return self._store.vectors(self._derived.columns.keys[rows].tolist())
+        keys = self._derived.columns.keys[rows].tolist()
+        found = self._store.rows(keys, vectors=not self.exhaustive)
+        if len(found) < len(keys):
+            raise OutOfStepError
+        stored = [found[key] for key in keys]
+        self._rows.update(zip(rows.tolist(), stored, strict=True))
+        tracklet_ids = [row[1] for row in stored]
+        if self.exhaustive:
+            return tracklet_ids, self._derived.vectors.vectors(rows)
+        return tracklet_ids, to_matrix([row[-1] for row in stored])
+
+    def records(self, rows: Sequence[int]) -> list[TrackletRecord]:
+        """What is stored of rows that were fetched."""
+        stored = [self._rows[row] for row in rows]
+        slots = np.array(rows, dtype=np.int64)
+        known = ([row[column] for row in stored] for column in (2, 3, 4))  # see `index.rows.RECORD`
+        if not self._derived.columns.agree(slots, *known):
+            raise OutOfStepError
+        return [to_stored(row).record for row in stored]

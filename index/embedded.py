@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from index.derived import Derived
+from index.derived import Derived, OutOfStepError, Search
 from index.gallery import (
     Counts,
     DuplicateTrackletError,
@@ -27,7 +27,6 @@ from index.gallery import (
     GroupBy,
     InvalidCursorError,
     InvalidEmbeddingError,
-    Match,
     ModelMismatchError,
     Page,
     SearchResult,
@@ -37,7 +36,7 @@ from index.locks import ReadWriteLock
 from index.rows import Stored
 from index.schema import damage_told
 from index.store import Chunk, Store
-from index.vectors import IndexPlan
+from index.vectors import IndexPlan, processors
 
 _log = logging.getLogger(__name__)
 _CHANGEABLE = frozenset({"identity", "camera", "start_time", "end_time", "metadata"})
@@ -51,8 +50,12 @@ class EmbeddedGallery:
     """A `index.gallery.Gallery` on SQLite and FAISS.
 
     SQLite is the truth. What FAISS and numpy hold in memory is made from it at opening, and kept in
-    step afterwards: a write is committed first. Additions are committed beside running searches;
-    changes and removals are committed while no search runs, so no answer contradicts its filters.
+    step afterwards: a write is committed first, beside running searches, and searches are held off
+    only while memory follows. A search that comes between the two notices that a row of its answer
+    is not what it was, and begins again, so no answer contradicts its filters.
+
+    Each search in a flat index keeps one processor busy. As many run at once as there are
+    processors; those that wait meanwhile, and look at the same rows, share one call of FAISS.
 
     With the default index, "Flat", answers are exact. With others, an answer may miss rows, but the
     distances in it are exact: they are measured again with the stored vectors. Indexes that need
@@ -61,6 +64,8 @@ class EmbeddedGallery:
     Args:
         directory: Where the files are; made if it is missing. One opener at a time.
         index: A FAISS factory string.
+        searches: How many calls of FAISS may be under way at once; None for one a processor, as
+            OpenMP counts them.
 
     Raises:
         InvalidIndexError: The factory string cannot make a usable Euclidean index.
@@ -69,13 +74,17 @@ class EmbeddedGallery:
         StorageFullError: The disk is full.
     """
 
-    def __init__(self, directory: Path, *, index: str = "Flat") -> None:
+    def __init__(
+        self, directory: Path, *, index: str = "Flat", searches: int | None = None
+    ) -> None:
         self._store = Store(directory)
         # Taken in this order. A writer holds the first throughout, the second while memory changes.
         self._writes = Lock()
         self._memory = ReadWriteLock()
         self._derived: Derived | None = None
+        self._calls = searches or processors()
         self._stale = False
+        self._committing = False
         self._closed = False
         self._writes_until_upkeep = 0
         try:
@@ -129,7 +138,9 @@ class EmbeddedGallery:
                 transaction.commit()
             with self._changing_memory():
                 self._derived = self._derived or Derived(
-                    enrolments[0].record.model, self._plan.build(dimension, sample=None)
+                    enrolments[0].record.model,
+                    self._plan.build(dimension, sample=None),
+                    calls=self._calls,
                 )
                 self._derived.add(Chunk.of(keys, enrolments))
             self._upkeep()
@@ -207,26 +218,28 @@ class EmbeddedGallery:
         """
         if top_k < 1:
             raise ValueError(f"expected a top_k of at least 1, got {top_k}")
-        filters = filters or Filters()
-        with self._reading() as derived:
-            if derived is not None:
-                _check_model(model, expected=derived.model)
-            _check_embedding(embedding, dimension=None if derived is None else derived.dimension)
-            if derived is None:
-                return SearchResult((), 0, None)
-            left_out = filters.exclude_tracklets
-            mask = derived.columns.mask(filters, self._store.keys(left_out) if left_out else ())
-            searched = int(np.count_nonzero(mask))
-            if not searched:
-                return SearchResult((), 0, None)
-            ranked = derived.rank(self._store, embedding, top_k=top_k, group_by=group_by, mask=mask)
-            near = [
-                each for each in ranked if max_distance is None or each.distance <= max_distance
-            ]
-            keys = derived.columns.keys[[each.row for each in near]].tolist()
-            records = self._store.records(keys)
-        matches = tuple(map(Match, records, (each.distance for each in near)))
-        return SearchResult(matches, searched, ranked[0].distance if ranked else None)
+        search = Search(
+            query=embedding,
+            top_k=top_k,
+            group_by=group_by,
+            filters=filters or Filters(),
+            max_distance=max_distance,
+        )
+        while True:
+            with self._reading() as derived:
+                if derived is not None:
+                    _check_model(model, expected=derived.model)
+                dimension = None if derived is None else derived.dimension
+                _check_embedding(embedding, dimension=dimension)
+                if derived is None:
+                    return SearchResult((), 0, None)
+                try:
+                    return derived.search(self._store, search)
+                except OutOfStepError as error:
+                    # Else it is a change that is committed, and waits for this search to end.
+                    if not self._committing and not self._stale:
+                        message = "the gallery's file was changed by somebody else"
+                        raise GalleryUnavailableError(message) from error
 
     def counts(self) -> Counts:
         """How much it holds now."""
@@ -236,9 +249,16 @@ class EmbeddedGallery:
             return Counts(derived.columns.alive, derived.columns.identities())
 
     def check(self) -> None:
-        """Return when the store can be reached and read, see `index.gallery.Gallery.check`."""
-        with self._reading():
-            self._store.check()
+        """Return when the store can be read and written, see `index.gallery.Gallery.check`.
+
+        It waits for no search and no write of ours, however long they take; only where memory has
+        to be made again from the store, and nothing is answered meanwhile, does it wait for that.
+        """
+        self._check_open()
+        self._store.check()
+        if self._stale:
+            with self._reading():
+                pass
 
     @contextmanager
     def _reading(self) -> Iterator[Derived | None]:
@@ -261,15 +281,16 @@ class EmbeddedGallery:
 
     @contextmanager
     def _changing_memory(self, commit: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold off searches during a commit and the change in memory that belongs to it.
+        """Commit, and hold off searches during the change in memory that belongs to it.
 
         The store is the truth: if the change fails in memory, memory is made again.
         """
+        if commit:
+            self._commit(commit)
         try:
             with self._memory.writing():
                 self._stale = True  # whatever interrupts from here on
-                if commit:
-                    self._commit(commit)
+                self._committing = False
                 yield
                 self._stale = False
         except (RuntimeError, MemoryError, LookupError):
@@ -277,12 +298,19 @@ class EmbeddedGallery:
                 raise
             _log.exception("the index failed to follow the store; building it again")
             self._rebuild()
+        except BaseException:
+            self._stale, self._committing = True, False  # interrupted while it waited, or later
+            raise
 
     def _commit(self, commit: Callable[[], None]) -> None:
+        self._committing = True
         try:
             commit()
         except GalleryError:
-            self._stale = False  # nothing has happened, there or here
+            self._committing = False  # nothing has happened, there or here
+            raise
+        except BaseException:
+            self._stale, self._committing = True, False  # who knows
             raise
 
     def _rebuild(self) -> None:
@@ -296,7 +324,7 @@ class EmbeddedGallery:
 
     def _load(self) -> Derived | None:
         try:
-            return Derived.load(self._store, self._plan)
+            return Derived.load(self._store, self._plan, calls=self._calls)
         except (RuntimeError, MemoryError) as error:  # FAISS's own
             raise GalleryUnavailableError(f"cannot build the index: {error}") from error
 

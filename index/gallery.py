@@ -282,9 +282,13 @@ class Gallery(Protocol):
         """How much it holds now."""
 
     def check(self) -> None:
-        """Return when the store can be reached and read.
+        """Return when the store can be reached, read and written.
+
+        It is cheap enough to be asked every second, and waits for no search and no write of the
+        gallery's own, only for the store itself. Messages name no path.
 
         Raises:
+            StorageFullError: The disk is full; searches go on.
             GalleryUnavailableError: It cannot; the message says why.
         """
 

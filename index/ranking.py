@@ -5,7 +5,7 @@ Pure numpy: whoever stores the vectors hands in a `Source`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from index.gallery import Embeddings
 
 Rows = NDArray[np.int64]
 Decision = Literal["match", "no_match"]
+Squared = TypeVar("Squared", float, NDArray[np.float64])
 
 _EPS = float(np.finfo(np.float32).eps)
 _TINY = float(np.finfo(np.float32).tiny)
@@ -21,6 +22,45 @@ _TINY = float(np.finfo(np.float32).tiny)
 _SAME_FLOAT32 = 1 + 4 * _EPS
 _GROWTH = 8
 _FETCHED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """How far a measured squared distance s may be from the true one, t: |s - t| <= r t + a.
+
+    Args:
+        relative: r, less than 1.
+        absolute: a.
+    """
+
+    relative: float
+    absolute: float
+
+    def lower(self, squared: Squared) -> Squared:
+        """The least that the true squared distances can be."""
+        return (squared - self.absolute) / (1 + self.relative)
+
+    def upper(self, squared: Squared) -> Squared:
+        """The most that the true squared distances can be."""
+        return (squared + self.absolute) / (1 - self.relative)
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """What a source has found nearest to a query.
+
+    Args:
+        rows: (n,) int64.
+        squared: Their squared distances, (n,) float32, ascending.
+        horizon: Every row that was looked at and is not among these is at least this far away,
+            squared, by the same measure; infinite where there is none.
+        error: Of the distances and of the horizon; None where they are estimates.
+    """
+
+    rows: Rows
+    squared: NDArray[np.float32]
+    horizon: float
+    error: Error | None
 
 
 class Source(Protocol):
@@ -37,19 +77,12 @@ class Source(Protocol):
     def exhaustive(self) -> bool:
         """Whether `nearest` looks at every row. If not, an answer is as good as what it finds."""
 
-    @property
-    def error(self) -> float | None:
-        """Bound of the relative error of `nearest`'s distances; None where they are estimates."""
-
-    def nearest(self, count: int, without: Rows) -> tuple[Rows, NDArray[np.float32]]:
+    def nearest(self, count: int, without: Rows) -> Nearest:
         """The rows nearest to the query.
 
         Args:
-            count: How many; fewer come back when there are no more.
+            count: About how many.
             without: Groups whose rows are left out.
-
-        Returns:
-            Rows, (n,) int64, and their squared distances, (n,) float32, ascending.
         """
 
     def groups(self, rows: Rows) -> Rows:
@@ -89,15 +122,34 @@ def decide(nearest: float | None, threshold: float | None) -> Decision | None:
     return "match" if nearest is not None and nearest <= threshold else "no_match"
 
 
-def summation_error(dimension: int) -> float:
-    """Bound of the relative error of a squared distance that was summed directly in float32.
+def summation_error(dimension: int) -> Error:
+    """Error of a squared distance that was summed directly in float32.
 
     Differences, squares and any order of summation of D non-negative terms cost at most
     (D + 2) half-units of rounding (Higham, Accuracy and Stability of Numerical Algorithms, 3.1);
-    this is twice that. The expansion |x|^2 + |y|^2 - 2xy, which FAISS uses from 20 queries on, has
-    no such bound.
+    this is twice that. Squares may underflow, one by one, where that bound says nothing.
     """
-    return (dimension + 4) * _EPS
+    return Error(_gamma(dimension), dimension * _TINY)
+
+
+def expansion_error(query: Embeddings) -> Error:
+    """Error of a squared distance that was expanded to |x|^2 + |y|^2 - 2xy in float32.
+
+    The two squares and the product each cost at most D half-units of rounding, of |x|^2, |y|^2 and
+    |x||y| (Higham, 3.1), and adding them up a few more: with d the distance, in all
+
+        |s - d^2| <= g (|x| + |y|)^2 <= g (2|x| + d)^2 <= g (6|x|^2 + 3 d^2)
+
+    where g is twice (D + 4) half-units. So |y| need not be known: a far row is allowed more.
+    Products may underflow, one by one, in each of the three sums.
+
+    Args:
+        query: x, (D,) float32.
+    """
+    dimension = len(query)
+    square = float(np.square(query, dtype=np.float64).sum())
+    gamma = _gamma(dimension)
+    return Error(3 * gamma, 6 * gamma * square + 4 * dimension * _TINY)
 
 
 def rank(query: Embeddings, source: Source, *, top_k: int, first: int) -> list[Ranked]:
@@ -119,17 +171,18 @@ def rank(query: Embeddings, source: Source, *, top_k: int, first: int) -> list[R
     certain, closed = _Candidates.none(), np.empty(0, dtype=np.int64)
     wanted = first
     while True:
-        found = _Candidates.nearest(source, wanted, closed, dimension=len(query))
+        found = _Candidates.nearest(source, wanted, closed)
         candidates = certain.joined(found)
-        groups, reach = candidates.reach()
+        groups, group_of, reach = candidates.reach()
         cutoff = float(np.partition(reach, top_k - 1)[top_k - 1]) if len(reach) >= top_k else np.inf
-        complete = wanted >= source.count or (source.exhaustive and len(found.rows) < wanted)
+        complete = found.horizon == np.inf if source.exhaustive else wanted >= source.count
         enough = len(groups) >= top_k if not source.exhaustive else found.horizon > cutoff
         if complete or enough:
-            return _settle(query, source, candidates.contenders(cutoff))[:top_k]
+            contenders = candidates.contenders(cutoff, reach[group_of])
+            return _settle(query, source, contenders)[:top_k]
         if source.exhaustive:
             closed = groups[reach < found.horizon]
-            certain = candidates.contenders(cutoff).only(closed)
+            certain = candidates.contenders(cutoff, reach[group_of]).only(closed)
         wanted *= _GROWTH
 
 
@@ -152,18 +205,16 @@ class _Candidates:
         return cls(integers, integers, floats, floats, -np.inf)
 
     @classmethod
-    def nearest(cls, source: Source, count: int, without: Rows, *, dimension: int) -> "_Candidates":
-        rows, found = source.nearest(count, without)
-        squared = found.astype(np.float64)
-        if source.error is None:
+    def nearest(cls, source: Source, count: int, without: Rows) -> "_Candidates":
+        found = source.nearest(count, without)
+        squared = found.squared.astype(np.float64)
+        groups = source.groups(found.rows)
+        if found.error is None:
             lower, upper = np.zeros_like(squared), np.full_like(squared, np.inf)
-        else:
-            # Squares may underflow, one by one, where the relative bound says nothing.
-            underflow = dimension * _TINY
-            lower = squared / (1 + source.error) - underflow
-            upper = squared / (1 - source.error) + underflow
-        horizon = float(lower[-1]) if len(rows) else -np.inf
-        return cls(rows, source.groups(rows), lower, upper, horizon)
+            return cls(found.rows, groups, lower, upper, -np.inf)
+        lower, upper = found.error.lower(squared), found.error.upper(squared)
+        horizon = found.error.lower(found.horizon)
+        return cls(found.rows, groups, lower, upper, horizon)
 
     def joined(self, other: "_Candidates") -> "_Candidates":
         return _Candidates(
@@ -174,17 +225,18 @@ class _Candidates:
             other.horizon,
         )
 
-    def reach(self) -> tuple[Rows, NDArray[np.float64]]:
-        """The groups, and for each what its nearest row and all that tie with it stay within."""
-        groups, index_of = np.unique(self.groups, return_inverse=True)
-        reach = np.full(len(groups), np.inf)
-        np.minimum.at(reach, index_of, self.upper)
-        return groups, reach * _SAME_FLOAT32
+    def reach(self) -> tuple[Rows, Rows, NDArray[np.float64]]:
+        """The groups, which of them each row is of, and how far each group may matter.
 
-    def contenders(self, cutoff: float) -> "_Candidates":
+        That is what its nearest row and all that tie with it stay within.
+        """
+        groups, group_of = np.unique(self.groups, return_inverse=True)
+        reach = np.full(len(groups), np.inf)
+        np.minimum.at(reach, group_of, self.upper)
+        return groups, group_of, reach * _SAME_FLOAT32
+
+    def contenders(self, cutoff: float, own_reach: NDArray[np.float64]) -> "_Candidates":
         """The rows that may be the nearest of a group whose nearest is within ``cutoff``."""
-        groups, reach = self.reach()
-        own_reach = reach[np.searchsorted(groups, self.groups)]
         return self._where(self.lower <= np.minimum(own_reach, cutoff))
 
     def only(self, groups: Rows) -> "_Candidates":
@@ -194,6 +246,10 @@ class _Candidates:
         return _Candidates(
             self.rows[mask], self.groups[mask], self.lower[mask], self.upper[mask], self.horizon
         )
+
+
+def _gamma(dimension: int) -> float:
+    return (dimension + 4) * _EPS
 
 
 def _settle(query: Embeddings, source: Source, contenders: _Candidates) -> list[Ranked]:

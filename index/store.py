@@ -20,9 +20,9 @@ from index.gallery import (
     Filters,
     GalleryUnavailableError,
     NotFoundError,
-    TrackletRecord,
 )
 from index.locks import DirectoryLock
+from index.probe import WriteProbe
 from index.rows import RECORD, Stored, to_microseconds, to_row, to_stored, where
 from index.schema import BUSY_TIMEOUT_MS, MIGRATIONS, open_reader, open_writer, translated
 
@@ -151,6 +151,7 @@ class Store:
         try:
             self._inode = _touch(self._path)
             self._writer = open_writer(self._path, migrations)
+            self._probe = WriteProbe(directory)
         except BaseException:
             self._lock.release()
             raise
@@ -211,7 +212,7 @@ class Store:
             NotFoundError: No tracklet has this id.
         """
         blob = self._blob(tracklet_id, "SELECT vector FROM embeddings WHERE key = ?")
-        return _to_matrix([blob]).reshape(-1)
+        return to_matrix([blob]).reshape(-1)
 
     def strip(self, tracklet_id: str) -> bytes:
         """JPEG bytes by id.
@@ -240,22 +241,19 @@ class Store:
             )
             return [key for (key,) in rows.fetchall()]
 
-    def records(self, keys: Sequence[int]) -> list[TrackletRecord]:
-        """Records by key, in the order of ``keys``."""
-        rows = self._by_key(
-            keys,
-            f"SELECT {RECORD} FROM tracklets WHERE key IN (SELECT value FROM json_each(?))",  # noqa: S608
-        )
-        return [to_stored(row).record for row in rows]
+    def rows(self, keys: Sequence[int], *, vectors: bool) -> dict[int, tuple[Any, ...]]:
+        """What is stored, by key: the values of `index.rows.RECORD`, and the vector's bytes.
 
-    def vectors(self, keys: Sequence[int]) -> tuple[list[str], Embeddings]:
-        """Tracklet ids and (n, D) float32 embeddings by key, in the order of ``keys``."""
-        rows = self._by_key(
-            keys,
-            "SELECT key, tracklet_id, vector FROM tracklets JOIN embeddings USING (key) "
-            "WHERE key IN (SELECT value FROM json_each(?))",
-        )
-        return [tracklet_id for _, tracklet_id, _ in rows], _to_matrix([row[2] for row in rows])
+        Args:
+            keys: Which; those that do not exist are left out.
+            vectors: Whether to read the vectors; else there are no such bytes.
+        """
+        source = "tracklets JOIN embeddings USING (key)" if vectors else "tracklets"
+        columns = f"{RECORD}, vector" if vectors else RECORD
+        query = f"SELECT {columns} FROM {source} WHERE key IN (SELECT value FROM json_each(?))"  # noqa: S608
+        with self._reading() as connection:
+            found = connection.execute(query, [json.dumps(keys)]).fetchall()
+        return {row[0]: row for row in found}
 
     def sample(self, count: int) -> Embeddings:
         """Embeddings drawn at random, (at most ``count``, D) float32; the same every time."""
@@ -263,7 +261,8 @@ class Store:
             rows = connection.execute("SELECT key FROM tracklets ORDER BY key").fetchall()
         keys = np.array(rows, dtype=np.int64).reshape(-1)
         drawn = np.random.default_rng(0).permutation(keys)[:count]
-        return self.vectors(np.sort(drawn).tolist())[1]
+        found = self.rows(np.sort(drawn).tolist(), vectors=True)
+        return to_matrix([row[-1] for _, row in sorted(found.items())])
 
     def content(self) -> Content:
         """How much there is, and of what.
@@ -291,13 +290,14 @@ class Store:
         after = 0
         while found := self._chunk(after, rows):
             keys, identities, cameras, start_times, blobs = zip(*found, strict=True)
-            yield Chunk(keys, identities, cameras, start_times, _to_matrix(blobs))
+            yield Chunk(keys, identities, cameras, start_times, to_matrix(blobs))
             after = keys[-1]
 
     def check(self) -> None:
-        """Return when the file is where it was and can be read.
+        """Return when the file is where it was and can be read, and its directory be written.
 
         Raises:
+            StorageFullError: The disk is full.
             GalleryUnavailableError: It cannot; the message says why.
         """
         try:
@@ -310,6 +310,7 @@ class Store:
             raise GalleryUnavailableError("another file has taken the place of the gallery's")
         with self._reading() as connection:
             connection.execute("SELECT key FROM tracklets LIMIT 1").fetchall()
+        self._probe.check()
 
     def _chunk(self, after: int, rows: int) -> list[Any]:
         with self._reading() as connection:
@@ -326,13 +327,6 @@ class Store:
         if row is None:
             raise NotFoundError(f"nothing of this kind is kept for {tracklet_id}")
         return bytes(row[0])
-
-    def _by_key(self, keys: Sequence[int], query: str) -> list[Any]:
-        with self._reading() as connection:
-            rows = {row[0]: row for row in connection.execute(query, [json.dumps(keys)])}
-        if missing := [key for key in keys if key not in rows]:
-            raise GalleryUnavailableError(f"rows are missing from the store: {missing[:3]}")
-        return [rows[key] for key in keys]
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -381,5 +375,6 @@ def _get(connection: sqlite3.Connection, tracklet_id: str) -> Stored:
     return to_stored(row)
 
 
-def _to_matrix(blobs: Sequence[bytes]) -> Embeddings:
+def to_matrix(blobs: Sequence[bytes]) -> Embeddings:
+    """(n, D) float32 of n vectors' bytes."""
     return np.frombuffer(b"".join(blobs), dtype=_VECTOR).astype(np.float32).reshape(len(blobs), -1)

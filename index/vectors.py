@@ -1,6 +1,10 @@
 """FAISS: which kinds of index a gallery can use, and one index in use."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import faiss as _faiss
@@ -8,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.gallery import Embeddings, InvalidIndexError
-from index.ranking import Rows, summation_error
+from index.ranking import Error, Nearest, Rows, expansion_error, summation_error
 
 # Its type stubs know C++'s signatures, not those that its Python layer puts in their place.
 faiss: Any = _faiss
+
+_THRESHOLD = int(faiss.cvar.distance_compute_blas_threshold)
 
 # What FAISS itself calls enough training points for each of its clusters.
 _POINTS_PER_CENTROID = 39
@@ -20,6 +26,35 @@ _SATURATION = 4
 _LEAST_TRAINING_ROWS = 1000
 # To judge a factory string before any vector has come: product quantisers want a divisor of D.
 _EXAMPLE_DIMENSIONS = (2048, 6144, 5040)
+# Up to so many queries a flat search measures each vector directly, for more it multiplies
+# matrices: five cost as much as three or four, 64 as much as eight (2048 values, one thread).
+_MOST_DIRECT_QUERIES = 4
+# Further from every embedding that a gallery takes than any other, and its distances are finite.
+_FAR = np.float32(2.0**63)
+
+
+def processors() -> int:
+    """How many threads OpenMP would use here."""
+    return int(faiss.omp_get_max_threads())
+
+
+class Allowed:
+    """Which slots take part in a search.
+
+    Args:
+        mask: (N,) bool, by slot; not changed from here on.
+        everyone: Whether the mask leaves out nothing but what was removed.
+    """
+
+    def __init__(self, mask: NDArray[np.bool_], *, everyone: bool = False) -> None:
+        self.mask = mask
+        self.everyone = everyone
+        self.count = int(np.count_nonzero(mask))
+
+    @cached_property
+    def selector(self) -> Any:
+        """The same for FAISS."""
+        return _selector(self.mask)
 
 
 class IndexPlan:
@@ -147,8 +182,7 @@ class VectorIndex:
         return type(self._index) in {faiss.IndexFlat, faiss.IndexFlatL2}
 
     @property
-    def error(self) -> float | None:
-        """Bound of the relative error of the squared distances; None where they are estimates."""
+    def _error(self) -> Error | None:
         keeps_vectors = {faiss.IndexIVFFlat, faiss.IndexHNSWFlat}
         if self.exhaustive or type(self._index) in keeps_vectors:
             return summation_error(self.dimension)
@@ -172,14 +206,29 @@ class VectorIndex:
         else:
             self._index.add(vectors)
 
+    def vectors(self, slots: Rows) -> Embeddings:
+        """The vectors in slots, (n, D) float32; only an `exhaustive` index has them as they were.
+
+        Args:
+            slots: (n,) int64.
+        """
+        vectors: Embeddings = self._codes()[slots].view(np.float32)
+        return vectors
+
     def remove(self, slot: int) -> None:
-        """Erase a vector as far as this kind of index can; a search must leave out its slot."""
+        """Erase a vector as far as this kind of index can.
+
+        Its slot must be left out of what a search finds.
+        """
         if isinstance(self._inner, faiss.IndexIVFFastScan):
             return  # FAISS 1.15 mixes up what is added after a removal: most of it is not found
         if isinstance(self._inner, faiss.IndexIVF):
             self._index.remove_ids(np.array([slot], dtype=np.int64))
         elif isinstance(self._inner, faiss.IndexFlatCodes):
             self._codes()[slot] = 0
+            if self.exhaustive:
+                # Where it does not crowd out the living: matrices are multiplied with all slots.
+                self._codes()[slot].view(np.float32)[0] = _FAR
 
     def compact(self, alive: NDArray[np.bool_]) -> bool:
         """Close the gaps of dead slots, if this kind of index can; says whether it did.
@@ -192,28 +241,49 @@ class VectorIndex:
         self._index.remove_ids(_selector(~alive))
         return True
 
-    def search(
-        self, query: Embeddings, count: int, allowed: NDArray[np.bool_]
-    ) -> tuple[Rows, NDArray[np.float32]]:
-        """The slots nearest to the query.
+    def search(self, queries: Embeddings, count: int, allowed: Allowed) -> list[Nearest]:
+        """The slots nearest to each query; from a flat index, perhaps with removed ones.
+
+        A flat search keeps one processor busy, whatever the number of queries: threads that meet
+        after every block of vectors take up to a hundred times as long as one, as soon as something
+        else keeps the processors busy.
 
         Args:
-            query: (D,) float32.
-            count: How many.
-            allowed: (N,) bool: which slots take part.
-
-        Returns:
-            At most ``count`` slots, int64, and their squared distances, float32, ascending.
+            queries: (M, D) float32.
+            count: How many slots for each.
+            allowed: Which take part.
         """
+        if not self.exhaustive:
+            return self._search_selected(queries, count, allowed)
+        with _single_threaded():
+            if allowed.everyone and len(queries) > _MOST_DIRECT_QUERIES:
+                return self._search_expanded(queries, count)
+            return self._search_selected(queries, count, allowed)
+
+    def _search_selected(self, queries: Embeddings, count: int, allowed: Allowed) -> list[Nearest]:
         # Even where all are allowed: with a selector, a flat search is nearly twice as fast, for
-        # FAISS then measures four vectors at a time.
-        selector = _selector(allowed)
-        parameters = self._parameters(self._inner, count, selector)
+        # FAISS then measures four vectors at a time. And it never multiplies matrices.
+        # At least one: FAISS does not like to be asked for none, and answers row -1 where none is.
+        wanted = max(1, min(count, allowed.count))
+        parameters = self._parameters(self._inner, wanted, allowed.selector)
         if self._inner is not self._index:
             parameters = faiss.SearchParametersPreTransform(index_params=parameters)
-        distances, slots = self._index.search(query[np.newaxis], count, params=parameters)
-        found = slots[0] >= 0  # FAISS pads with -1
-        return slots[0][found], distances[0][found]
+        distances, slots = self._index.search(queries, wanted, params=parameters)
+        named_all = wanted >= allowed.count
+        return [
+            _nearest(one, squared, self._error, named_all=named_all)
+            for one, squared in zip(slots, distances, strict=True)
+        ]
+
+    def _search_expanded(self, queries: Embeddings, count: int) -> list[Nearest]:
+        wanted = min(count, int(self._index.ntotal))
+        with _expanding():
+            distances, slots = self._index.search(queries, wanted)
+        named_all = wanted == self._index.ntotal
+        return [
+            _nearest(one, squared, expansion_error(query), named_all=named_all)
+            for query, one, squared in zip(queries, slots, distances, strict=True)
+        ]
 
     def _parameters(self, inner: Any, count: int, selector: Any) -> Any:
         if isinstance(inner, faiss.IndexIVF):
@@ -232,6 +302,51 @@ class VectorIndex:
         codes = faiss.rev_swig_ptr(self._inner.codes.data(), shape[0] * shape[1])
         view: NDArray[np.uint8] = codes.reshape(shape)
         return view
+
+
+_expanding_lock = Lock()
+_expanding_now = 0
+
+
+@contextmanager
+def _expanding() -> Iterator[None]:
+    """Have FAISS multiply matrices, however few the queries: its own threshold is one of a process.
+
+    Meanwhile other searches may do so too. They do not matter: a search with a selector never does,
+    and where a trained index assigns rows to its lists, either way will do.
+    """
+    global _expanding_now
+    with _expanding_lock:
+        _expanding_now += 1
+        faiss.cvar.distance_compute_blas_threshold = 1
+    try:
+        yield
+    finally:
+        with _expanding_lock:
+            _expanding_now -= 1
+            if not _expanding_now:
+                faiss.cvar.distance_compute_blas_threshold = _THRESHOLD
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Keep FAISS to this thread. OpenMP remembers the number for each thread that asks."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def _nearest(
+    slots: Rows, squared: NDArray[np.float32], error: Error | None, *, named_all: bool
+) -> Nearest:
+    found = slots >= 0  # FAISS pads with -1
+    if not found.all():
+        slots, squared, named_all = slots[found], squared[found], True
+    horizon = np.inf if named_all or not len(squared) else float(squared[-1])
+    return Nearest(slots, squared, horizon, error)
 
 
 def _filterable() -> tuple[type, ...]:

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -14,15 +14,26 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.checkpoint import Checkpoint, without_people
+from model.cores import available_cores
+from model.cuda_runtime import CudaRuntime
 from model.errors import DeviceError, InvalidFramesError
-from model.frames import Clip, normalise
+from model.frames import Clip
+from model.network import TrackletNet
+from model.openvino_runtime import OpenVinoRuntime, build_graph
+from model.runtimes import DTYPES as DTYPES  # others look for it here
+from model.runtimes import (
+    Collect,
+    FrameRuntime,
+    Runtime,
+    TorchRuntime,
+    choose_runtime,
+)
 
 log = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Frames in one forward pass. On a CPU a larger batch gains nothing and falls out of the caches
-# (bench/embed.py); on a GPU it fills the card.
-MAX_FRAMES = {"cpu": 16, "cuda": 512}
+# Frames in one forward pass. On a CPU PyTorch gains nothing by more, which fall out of the caches,
+# and OpenVINO a fortieth (bench/embed.py); a GPU is filled.
+MAX_FRAMES = {"openvino": 32, "cpu": 16, "cuda": 512}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,24 @@ def fold_batch_norm(
     return copy.deepcopy(backbone, instead)
 
 
+class Pending:
+    """Tracklets whose embedding has begun; `Embedder.begin` makes it.
+
+    Args:
+        finish: Waits for it.
+    """
+
+    def __init__(self, finish: Callable[[], list[TrackletEmbedding]]) -> None:
+        self._finish: Callable[[], list[TrackletEmbedding]] | None = finish
+        self._made: list[TrackletEmbedding] = []
+
+    def result(self) -> list[TrackletEmbedding]:
+        """Wait for the embeddings, one per clip, in order; in the thread that began."""
+        if self._finish is not None:
+            self._made, self._finish = self._finish(), None
+        return self._made
+
+
 class Embedder:
     """Embeds tracklets with a checkpoint on one device. Not thread-safe: one worker owns it.
 
@@ -109,11 +138,19 @@ class Embedder:
         checkpoint: The model.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: Of the backbone; attention and pooling are always float32.
+        runtime: What computes, see `model.runtimes.choose_runtime`.
         max_frames: Frames in one forward pass; by default what suits the device. Where the device's
             memory does not hold so many, half as many are tried, and that is remembered.
+        threads: Of the processor, in the whole process; by default no more than there are, and
+            than its container may use.
+
+    Attributes:
+        overlaps: Whether it computes while its caller does something else between `begin` and
+            `Pending.result`.
+        runtime: "torch" or "openvino".
 
     Raises:
-        DeviceError: The device or the precision is not to be had here.
+        DeviceError: The device, the precision or the runtime is not to be had here.
     """
 
     def __init__(
@@ -122,27 +159,49 @@ class Embedder:
         *,
         device: str = "auto",
         precision: Precision = "auto",
+        runtime: Runtime = "auto",
         max_frames: int | None = None,
+        threads: int | None = None,
     ) -> None:
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
+        self.runtime = choose_runtime(runtime, self.device, self.precision)
         self.model = checkpoint.fingerprint
         self.preprocessing = checkpoint.preprocessing
         self.dim = checkpoint.network.dim
-        self.max_frames = max_frames or MAX_FRAMES[self.device.type]
+        kind = "openvino" if self.runtime == "openvino" else self.device.type
+        self.max_frames = MAX_FRAMES[kind] if max_frames is None else max_frames
         if self.max_frames < 1:
             raise ValueError(f"max_frames: expected at least 1, got {max_frames}")
+        self.threads = _set_threads(threads)
         self._provenance = dict(checkpoint.provenance)
-        # A shallow copy with its own backbone: the checkpoint's network stays as it was.
-        self._network = copy.copy(checkpoint.network)
-        self._network._modules = dict(checkpoint.network._modules)
-        dtype = DTYPES[self.precision]
-        backbone = fold_batch_norm(checkpoint.network.backbone, self.device, dtype)
-        backbone = backbone.to(self.device, dtype)
-        self._network.backbone = backbone.to(memory_format=torch.channels_last)
+        self._network = self._copy_network(checkpoint.network)
+        self._runtime = self._make_runtime(checkpoint.network)
+        self.overlaps = self._runtime.overlaps
+
+    def _copy_network(self, network: TrackletNet) -> TrackletNet:
+        """A shallow copy with parts of its own: the checkpoint's network stays as it was."""
+        copied = copy.copy(network)
+        copied._modules = dict(network._modules)
         for name in ("head", "neck"):
-            part = copy.deepcopy(getattr(checkpoint.network, name)).eval().to(self.device)
-            setattr(self._network, name, part)
+            part = copy.deepcopy(getattr(network, name)).eval().to(self.device)
+            setattr(copied, name, part)
+        if self.runtime == "torch":
+            dtype = DTYPES[self.precision]
+            backbone = fold_batch_norm(network.backbone, self.device, dtype)
+            backbone = backbone.to(self.device, dtype)
+            copied.backbone = backbone.to(memory_format=torch.channels_last)
+        else:
+            copied.backbone = nn.Sequential()  # OpenVINO has its own
+        return copied
+
+    def _make_runtime(self, original: TrackletNet) -> FrameRuntime:
+        network, preprocessing = self._network, self.preprocessing
+        if self.runtime == "openvino":
+            graph = build_graph(original, preprocessing)
+            return OpenVinoRuntime(network, graph, self.precision, threads=self.threads)
+        kind = CudaRuntime if self.device.type == "cuda" else TorchRuntime
+        return kind(network, preprocessing, self.device, self.precision)
 
     def describe(self) -> dict[str, Any]:
         """The model as a JSON object: fingerprint, configuration, where and how it runs."""
@@ -154,10 +213,12 @@ class Embedder:
             "provenance": without_people(self._provenance),
             "device": str(self.device),
             "precision": self.precision,
+            "runtime": self.runtime,
         }
 
     def warm_up(self) -> None:
-        """Embed a grey frame, so that the first request does not pay for what happens only once."""
+        """Do what happens only once, then embed a grey frame; later calls do only the latter."""
+        self._halve_until_it_fits(self._runtime.warm_up, self.max_frames)
         shape = (1, self.preprocessing.height, self.preprocessing.width, 3)
         self.embed([np.full(shape, 127, dtype=np.uint8)])
 
@@ -176,18 +237,25 @@ class Embedder:
         Raises:
             InvalidFramesError: A clip has another shape or type, or no frame.
         """
+        return self.begin(clips, with_attention=with_attention).result()
+
+    def begin(self, clips: Sequence[Clip], *, with_attention: bool = False) -> Pending:
+        """Begin to embed tracklets; on a GPU without waiting for what it computes.
+
+        Several batches may be begun before the first one's result is asked for; each keeps what it
+        needs. Where `overlaps` is False all is done when this returns.
+
+        Args:
+            clips: See `embed`; free to change once this has returned.
+            with_attention: Likewise.
+
+        Raises:
+            InvalidFramesError: Likewise.
+        """
         self._check(clips)
-        if not clips:
-            return []
-        frames, attention = self._embed_frames(np.concatenate(clips))
-        results, start = [], 0
-        for clip in clips:
-            stop = start + len(clip)
-            embedding = self._network.embed_tracklets(frames[None, start:stop])[0]
-            maps = attention[start:stop].numpy() if with_attention else None
-            results.append(TrackletEmbedding(embedding.numpy(), maps))
-            start = stop
-        return results
+        counts = [len(clip) for clip in clips]
+        launched = self._launch(clips)
+        return Pending(lambda: self._finish(launched, counts, with_attention=with_attention))
 
     def _check(self, clips: Sequence[Clip]) -> None:
         expected = (self.preprocessing.height, self.preprocessing.width, 3)
@@ -203,34 +271,94 @@ class Embedder:
                     f"got {clip.shape} {clip.dtype}"
                 )
 
-    @torch.inference_mode()
-    def _embed_frames(self, frames: Clip) -> tuple[Tensor, Tensor]:
-        embeddings, maps = [], []
-        start = 0
-        while start < len(frames):
-            chunk = frames[start : start + self.max_frames]
+    def _launch(self, clips: Sequence[Clip]) -> list[Collect]:
+        """Begin with all frames, as many at a time as the device holds."""
+        launched: list[Collect] = []
+        waiting = list(clips)
+
+        def launch(most: int) -> None:
+            nonlocal waiting
+            pieces, rest = _split(waiting, most)
+            launched.append(self._runtime.launch(pieces))
+            waiting = rest
+
+        while waiting:
+            self._halve_until_it_fits(launch, sum(len(clip) for clip in waiting))
+        return launched
+
+    def _halve_until_it_fits(self, run: Callable[[int], None], wanted: int) -> None:
+        """Run something with as many of the wanted frames as the device is known to hold."""
+        while True:
+            most = min(self.max_frames, wanted)
             try:
-                embedding, attention = self._embed_chunk(chunk)
+                return run(most)
             except torch.OutOfMemoryError:
-                if len(chunk) == 1:
+                if most == 1:
                     raise
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                self.max_frames = len(chunk) // 2
+                self.max_frames = most // 2
                 log.warning(
                     "%s has no memory for %d frames at once, going on with %d",
                     self.device,
-                    len(chunk),
+                    most,
                     self.max_frames,
                 )
-                continue
-            embeddings.append(embedding)
-            maps.append(attention)
-            start += len(chunk)
-        return torch.cat(embeddings), torch.cat(maps)
 
-    def _embed_chunk(self, frames: Clip) -> tuple[Tensor, Tensor]:
-        chunk = torch.from_numpy(frames).to(self.device)
-        pixels = normalise(chunk, self.preprocessing).to(DTYPES[self.precision])
-        embedding, attention = self._network.embed_frames(pixels)
-        return embedding.cpu(), attention.cpu()
+    @torch.inference_mode()
+    def _finish(
+        self, launched: Sequence[Collect], counts: Sequence[int], *, with_attention: bool
+    ) -> list[TrackletEmbedding]:
+        """Pool what was launched over time, (T, D) to (D,) for each tracklet."""
+        if not launched:
+            return []
+        parts = [collect() for collect in launched]
+        frames, attention = (torch.cat(ones) for ones in zip(*parts, strict=True))
+        maps = torch.split(attention, list(counts)) if with_attention else [None] * len(counts)
+        embeddings = pool_tracklets(self._network, torch.split(frames, list(counts)))
+        return [
+            TrackletEmbedding(embedding.numpy(), None if one is None else one.numpy())
+            for embedding, one in zip(embeddings, maps, strict=True)
+        ]
+
+
+def _set_threads(threads: int | None) -> int:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {threads}")
+    # Who asked PyTorch for less, by OMP_NUM_THREADS or by a call, meant it.
+    chosen = threads or min(available_cores(), torch.get_num_threads())
+    if chosen != torch.get_num_threads():
+        torch.set_num_threads(chosen)
+    return chosen
+
+
+def _split(clips: Sequence[Clip], most: int) -> tuple[list[Clip], list[Clip]]:
+    """The first ``most`` frames and the others, as views of the clips."""
+    taken: list[Clip] = []
+    for place, clip in enumerate(clips):
+        if len(clip) > most:
+            first = [*taken, clip[:most]] if most else taken
+            return first, [clip[most:], *clips[place + 1 :]]
+        taken.append(clip)
+        most -= len(clip)
+    return taken, []
+
+
+def pool_tracklets(network: TrackletNet, tracklets: Sequence[Tensor]) -> list[Tensor]:
+    """Tracklet embeddings of frame embeddings; tracklets of as many frames are pooled together.
+
+    Args:
+        network: Says how.
+        tracklets: (T, D) each.
+
+    Returns:
+        (D,) each, in order.
+    """
+    places: dict[int, list[int]] = {}
+    for place, frames in enumerate(tracklets):
+        places.setdefault(len(frames), []).append(place)
+    pooled: dict[int, Tensor] = {}
+    for alike in places.values():
+        made = network.embed_tracklets(torch.stack([tracklets[place] for place in alike]))
+        pooled.update(zip(alike, made, strict=True))
+    return [pooled[place] for place in range(len(tracklets))]

@@ -1,9 +1,7 @@
 """The HTTP application, made from its parts: no globals, and no work at import."""
 
 import logging
-import os
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
@@ -12,54 +10,72 @@ from starlette.concurrency import run_in_threadpool
 
 from index.gallery import Gallery
 from service import problems
+from service.decoding import Decoders
+from service.metrics import Metrics
 from service.middleware import (
     BodyLimitMiddleware,
     DrainMiddleware,
     KeyMiddleware,
     RequestMiddleware,
 )
-from service.parts import Parts, UploadSlots
+from service.parts import Parts, Slots
+from service.readiness import Readiness
 from service.routes import gallery as gallery_routes
+from service.routes import metrics as metrics_routes
 from service.routes import query as query_routes
 from service.routes import status as status_routes
 from service.settings import Settings
+from service.uploads import FrameChoice
 from service.worker import Embedder, EmbeddingWorker
 
 log = logging.getLogger(__name__)
+# Frames in one batch, where the settings do not say: on a CPU four tracklets; a device that takes
+# more at once says so itself.
+BATCH_FRAMES = 64
 _DESCRIPTION = """Finds a person again: enrol tracklets (the frames of one person seen by one
 camera), then
 ask who a tracklet shows. Identities come back ranked by Euclidean distance."""
 
 
-def create_app(embedder: Embedder, gallery: Gallery, settings: Settings) -> FastAPI:
+def create_app(
+    embedder: Embedder, gallery: Gallery, settings: Settings, decoders: Decoders | None = None
+) -> FastAPI:
     """Make the application.
 
     Args:
         embedder: Makes embeddings. The app's worker calls it from one thread.
         gallery: Stores and ranks them. The app closes it when it shuts down.
         settings: Limits, bounds and keys.
+        decoders: Decode uploads; threads of this process where None. The app starts and closes
+            them.
 
     Returns:
         An ASGI application, ready to be served by one process.
     """
+    metrics = Metrics(version=version("passerby"), model=embedder.model)
     parts = Parts(
         embedder=embedder,
         gallery=gallery,
         settings=settings,
+        metrics=metrics,
         worker=EmbeddingWorker(
             embedder,
-            max_frames=settings.batch.max_frames,
+            max_frames=settings.batch.max_frames or _batch_frames(embedder),
             max_delay_s=settings.batch.max_delay_ms / 1000,
             max_tracklets=settings.queue.max_tracklets,
+            metrics=metrics,
         ),
-        decoders=ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoder"),
-        uploads=UploadSlots(settings.limits.uploads),
+        decoders=decoders or make_decoders(embedder, settings, processes=0),
+        uploads=Slots(settings.limits.uploads, "uploads"),
+        searches=Slots(settings.limits.searches, "searches"),
     )
+    metrics.watch(queue=parts.worker.count_waiting, counts=gallery.counts)
     app = FastAPI(
         title="Passerby", version=version("passerby"), description=_DESCRIPTION, lifespan=_lifespan
     )
     app.state.parts = parts
-    for routes in (gallery_routes, query_routes, status_routes):
+    app.state.readiness = Readiness(parts)
+    for routes in (gallery_routes, query_routes, status_routes, metrics_routes):
         app.include_router(routes.router)
     problems.install(app)
     # The last one added is the outermost.
@@ -72,19 +88,38 @@ def create_app(embedder: Embedder, gallery: Gallery, settings: Settings) -> Fast
     if settings.api_keys:
         app.add_middleware(KeyMiddleware, keys=settings.api_keys)
     app.add_middleware(DrainMiddleware, limit_bytes=limits.request_bytes)
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(RequestMiddleware, metrics=metrics)
     return app
+
+
+def make_decoders(embedder: Embedder, settings: Settings, *, processes: int) -> Decoders:
+    """Decoders for what an embedder takes.
+
+    Args:
+        embedder: Says what its frames must go through.
+        settings: Which frames are used, and what an upload may hold.
+        processes: See `service.decoding.Decoders`.
+    """
+    choice = FrameChoice(settings.frames_per_tracklet, settings.sampling, embedder.preprocessing)
+    return Decoders(choice, settings.limits, processes=processes)
+
+
+def _batch_frames(embedder: Embedder) -> int:
+    return max(BATCH_FRAMES, getattr(embedder, "max_frames", BATCH_FRAMES))
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Start the worker; at the end let it finish, then close the gallery."""
+    """Start the worker and the decoders; at the end let them finish, then close the gallery."""
     parts: Parts = app.state.parts
     parts.worker.start()
+    await run_in_threadpool(parts.decoders.start)
     try:
         yield
     finally:
-        await run_in_threadpool(parts.worker.close, parts.settings.shutdown_grace_s)
-        parts.decoders.shutdown(cancel_futures=True)
+        await run_in_threadpool(parts.worker.close, parts.seconds_left())
+        await run_in_threadpool(parts.decoders.close)
+        parts.searchers.shutdown(cancel_futures=True)
+        app.state.readiness.close()
         await run_in_threadpool(parts.gallery.close)
         log.info("stopped")

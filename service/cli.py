@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,6 +20,8 @@ from service.client import Client, ClientError, read_local
 from service.demo import run_demo
 from service.enrolment import Outcome, Task, enrol_all, plan_folder
 from service.errors import ServiceError
+from service.loadtest import run_loadtest
+from service.loadtest_sending import LoadPlan
 from service.logs import configure_logging
 from service.picture import draw_answer
 from service.server import run
@@ -220,6 +222,73 @@ def demo(
 ) -> None:
     """Draw people, enrol them from one camera, find them again in another."""
     run_demo(output, identities, seed, _out, weights)
+
+
+@app.command()
+def bench(
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            help="One tracklet, or a folder identity/camera/frames of many; drawn ones without it."
+        ),
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    rate: Annotated[float | None, typer.Option(help="Requests a second; 5 by default.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Several rates one after the other, like 1,2,4,8.")
+    ] = None,
+    duration: Annotated[float, typer.Option(min=1, help="Seconds that count, each rate.")] = 60,
+    warmup: Annotated[float, typer.Option(min=0, help="Seconds before them that do not.")] = 5,
+    route: Annotated[Literal["query", "embed"], typer.Option(help="What to ask.")] = "query",
+    tracklets: Annotated[int, typer.Option(min=1, help="Taken of PATH at most, by lot.")] = 64,
+    gallery_check: Annotated[
+        int, typer.Option(min=0, help="Refuse to begin with fewer tracklets stored.")
+    ] = 0,
+    max_open: Annotated[
+        int, typer.Option(min=1, max=4096, help="Requests under way at most.")
+    ] = 512,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for an answer.")] = 120,
+    seed: Annotated[int, typer.Option(min=0, help="Of arrivals and drawn tracklets.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for results.json and latency.png.")] = Path(
+        "report"
+    ),
+    key_file: KeyFile = None,
+) -> None:
+    """Measure a running service: requests at a given rate, and how long their answers take."""
+    plan = LoadPlan(
+        route=route,
+        rates=_read_rates(rate, rates),
+        duration_s=duration,
+        warmup_s=warmup,
+        seed=seed,
+        max_open=max_open,
+        timeout_s=timeout,
+    )
+    finished = run_loadtest(
+        server,
+        path,
+        plan,
+        output=output,
+        console=_out,
+        key=_read_key(key_file),
+        most_tracklets=tracklets,
+        least_gallery=gallery_check,
+    )
+    if not finished:
+        raise typer.Exit(130)
+
+
+def _read_rates(rate: float | None, rates: str | None) -> tuple[float, ...]:
+    if rate is not None and rates is not None:
+        raise typer.BadParameter("expected --rate or --rates, got both")
+    text = rates if rates is not None else str(5.0 if rate is None else rate)
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"expected numbers like 1,2,4,8, got {text!r}") from error
+    if not all(0 < one <= 10_000 for one in found):  # NaN is not either
+        raise typer.BadParameter(f"expected rates in (0, 10000], got {text!r}")
+    return found
 
 
 def _read_key(path: Path | None) -> str | None:

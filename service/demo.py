@@ -31,7 +31,7 @@ from service.picture import draw_answer
 ENROLLED, QUERIED = "c1", "c2"
 MARK = ".drawn-by-the-demo"
 START_S = 120.0
-STOP_S = 75.0  # the grace twice, for requests and for the queue, and an end
+STOP_S = 45.0  # the grace, and an end
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,75 +5,118 @@ import contextlib
 import hashlib
 import hmac
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import Sequence
 
 from pydantic import SecretStr
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import PayloadTooLargeError, UnauthenticatedError
-from service.logs import request_id
+from service.logs import begin_notes, request_id
+from service.metrics import UNKNOWN, Metrics
 from service.problems import KINDS, internal_problem, problem
 
 log = logging.getLogger("passerby.request")
-_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 DRAIN_S = 5.0
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
+QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # asked every few seconds
+UPLOAD_PATHS = frozenset({"/gallery", "/query", "/embed", "/verify"})
+HUNG_UP = 499  # as proxies call it; nobody is there to see it
 
 
 class RequestMiddleware:
-    """Gives each request an id and a log line, and answers 500 for what nobody else caught."""
+    """Gives each request an id, a log line and a count; answers 500 for what nobody else caught.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        app: What is behind it.
+        metrics: Of this app; None where nobody will ask.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
         self._app = app
+        self._metrics = metrics or Metrics(version=UNKNOWN, model=UNKNOWN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        current = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        token = request_id.set(current)
-        started = time.perf_counter()
+        running = _Running(scope, self._metrics)
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = current
+                others = [one for one in message.get("headers", ()) if one[0] != b"x-request-id"]
+                message["headers"] = [*others, (b"x-request-id", running.id)]
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            log.info("the client hung up", extra=_line(scope, 499, started))
+            log.info("the client hung up", extra=running.end(HUNG_UP))
+        except asyncio.CancelledError:
+            log.warning("cut off by the end of the service", extra=running.end(status or 500))
+            raise
         except Exception:
-            log.exception("unexpected error", extra=_line(scope, 500, started))
+            answer = internal_problem()
+            log.exception("unexpected error", extra=running.end(500))
             if status == 0:
-                await internal_problem()(scope, receive, send_with_id)
+                await answer(scope, receive, send_with_id)
         else:
-            quiet = scope["path"] in OPEN_PATHS and status == 200
+            quiet = scope["path"] in QUIET_PATHS and status == 200
             level = logging.DEBUG if quiet else logging.INFO
-            log.log(level, "request", extra=_line(scope, status, started))
-        finally:
-            request_id.reset(token)
+            log.log(level, "request", extra=running.end(status or 500))
 
 
-def _line(scope: Scope, status: int, started: float) -> dict[str, object]:
-    route = scope.get("route")
-    return {
-        "method": scope["method"],
-        "route": getattr(route, "path", "unknown"),
-        "status": status,
-        "duration_ms": round((time.perf_counter() - started) * 1000, 1),
-    }
+class _Running:
+    """A request under way."""
+
+    def __init__(self, scope: Scope, metrics: Metrics) -> None:
+        self._scope = scope
+        self._metrics = metrics
+        self._started = time.perf_counter()
+        given = _header(scope, b"x-request-id")
+        self.id = given if _ID.fullmatch(given) else os.urandom(16).hex().encode()
+        # Never reset: the task ends with the request, and what the server logs in it belongs to it.
+        request_id.set(self.id.decode())
+        self._notes = begin_notes()
+        metrics.begin_request()
+
+    def end(self, status: int) -> dict[str, object]:
+        """Count it.
+
+        Returns:
+            The fields of its line.
+        """
+        seconds = time.perf_counter() - self._started
+        scope = self._scope
+        route = getattr(scope.get("route"), "path", UNKNOWN)
+        self._metrics.end_request(route, status, seconds)
+        reason = self._notes.get("problem")
+        if reason is not None and scope["method"] == "POST" and scope["path"] in UPLOAD_PATHS:
+            self._metrics.reject(str(reason))
+        return {
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 1),
+            **self._notes,
+        }
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    """The first header of a name in lower case, as servers write names; empty where none is."""
+    for found, value in scope["headers"]:
+        if found == name:
+            return bytes(value)
+    return b""
 
 
 class KeyMiddleware:
@@ -96,10 +139,9 @@ class KeyMiddleware:
         await answer(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
-        headers = Headers(scope=scope)
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        digest = _digest(given.strip())
+        scheme, _, token = _header(scope, b"authorization").partition(b" ")
+        given = token if scheme.lower() == b"bearer" else _header(scope, b"x-api-key")
+        digest = _digest(given.decode("latin-1").strip())
         # All are compared, each in constant time: how long it takes says nothing.
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
@@ -127,12 +169,11 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        is_upload = headers.get("content-type", "").lower().startswith("multipart/")
+        is_upload = _header(scope, b"content-type").lower().startswith(b"multipart/")
         limit_bytes = self._upload_bytes if is_upload else self._other_bytes
-        announced = headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > limit_bytes:
-            detail = f"expected a request of at most {limit_bytes} bytes, got {announced}"
+        announced = _header(scope, b"content-length")
+        if announced.isdigit() and int(announced) > limit_bytes:
+            detail = f"expected a request of at most {limit_bytes} bytes, got {announced.decode()}"
             await problem(KINDS[PayloadTooLargeError], detail)(scope, receive, send)
             return
         received = 0
@@ -165,11 +206,11 @@ class DrainMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
-        if scope["type"] != "http" or not _has_body(Headers(scope=scope)):
+        if scope["type"] != "http" or not _has_body(scope):
             await self._app(scope, receive, send)
             return
         # A client that asked whether to go on sends nothing until somebody reads.
-        is_sending = Headers(scope=scope).get("expect", "").lower() != "100-continue"
+        is_sending = _header(scope, b"expect").lower() != b"100-continue"
 
         async def receive_noting() -> Message:
             nonlocal is_sending
@@ -178,7 +219,7 @@ class DrainMiddleware:
             return message
 
         async def send_after_all(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and is_sending:
                 taken = 0
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(DRAIN_S):
@@ -189,5 +230,8 @@ class DrainMiddleware:
         await self._app(scope, receive_noting, send_after_all)
 
 
-def _has_body(headers: Headers) -> bool:
-    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+def _has_body(scope: Scope) -> bool:
+    for name, value in scope["headers"]:
+        if name == b"transfer-encoding" or (name == b"content-length" and value != b"0"):
+            return True
+    return False

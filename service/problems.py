@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from index import gallery
 from model import errors as model_errors
 from service import errors
-from service.logs import request_id
+from service.logs import note, request_id
 
 MEDIA_TYPE = "application/problem+json"
 STORE_RETRY_S = 5
@@ -99,6 +99,7 @@ def problem(
         headers: Further headers.
         members: Further members of the body.
     """
+    note(problem=kind.slug)
     body = {
         "type": f"/problems/{kind.slug}",
         "title": kind.title,

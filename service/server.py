@@ -1,15 +1,19 @@
 """Start and stop the service: its parts from the settings, the process around them."""
 
+import asyncio
 import contextlib
 import logging
 import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from index.embedded import EmbeddedGallery
 from model.checkpoint import (
@@ -18,15 +22,24 @@ from model.checkpoint import (
     load_checkpoint,
     untrained_checkpoint,
 )
+from model.cores import available_cores
 from model.embedder import Embedder
-from service.app import create_app
+from service.app import create_app, make_decoders
+from service.errors import OverloadedError
+from service.logs import flush_logs, request_id
+from service.metrics import Metrics
+from service.parts import Parts
+from service.problems import KINDS, problem
 from service.settings import UNTRAINED, Settings
+from service.worker import Embedder as ServedEmbedder
 from service.worker import EmbeddingWorker
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5
 # Seconds in which those who wait for a lost worker are answered.
 ABANDONED_GRACE_S = 3.0
+# Whole seconds for answers on their way when everything else is over.
+CLOSING_S = 2
 
 
 def choose_checkpoint(weights: str) -> Checkpoint:
@@ -49,9 +62,20 @@ def choose_checkpoint(weights: str) -> Checkpoint:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that ends with status 0 after a signal, and at once at the second one."""
+    """Uvicorn that finishes what it accepted, ends with status 0, and at once at a second signal.
+
+    Between the signal and the end it goes on answering: the probe is red, new uploads get 503.
+
+    Args:
+        config: Uvicorn's.
+        parts: Whose work is finished.
+    """
 
     lost = False  # ended because nothing can be embedded any more
+
+    def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
+        super().__init__(config)
+        self._parts = parts
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -66,11 +90,64 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop gracefully; at the second signal without waiting for anybody."""
-        if self.should_exit:
-            self.force_exit = True
-        log.info("stopping", extra={"signal": signal.Signals(sig).name})
-        self.should_exit = True
         del frame
+        name = signal.Signals(sig).name
+        if self._parts.stop_at is not None:
+            log.warning("ending at once", extra={"signal": name})
+            flush_logs()
+            os._exit(128 + sig)  # as if the signal had ended it; what was acknowledged is stored
+        log.info("stopping", extra={"signal": name})
+        self._parts.begin_stopping()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to close: after a signal, once all is answered or the grace is over."""
+        if await super().on_tick(counter):
+            return True
+        stop_at = self._parts.stop_at
+        if stop_at is None:
+            return False
+        if time.monotonic() >= stop_at:
+            log.warning("the grace is over: what is not embedded yet gets 503")
+            self._parts.worker.abandon()
+            return True
+        return not self.server_state.tasks
+
+
+def _bounded(limit: int, metrics: Metrics) -> type[asyncio.Protocol]:
+    """Uvicorn's protocol for so many connections; a further one is told so, and closed.
+
+    Uvicorn's own bound answers 503, which says that the service is broken.
+    """
+
+    class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            if len(self.connections) >= limit:
+                self.transport = transport
+                transport.write(_too_many(limit))
+                transport.close()
+                metrics.reject(KINDS[OverloadedError].slug)
+                return
+            super().connection_made(transport)
+
+    return BoundedProtocol
+
+
+def _too_many(limit: int) -> bytes:
+    """The answer to one connection too many."""
+    error = OverloadedError(f"expected fewer than {limit} connections at a time, got more")
+    token = request_id.set(uuid.uuid4().hex)
+    answer = problem(
+        KINDS[OverloadedError],
+        str(error),
+        headers={
+            "Retry-After": str(error.retry_after_s),
+            "X-Request-ID": request_id.get() or "",
+            "Connection": "close",
+        },
+    )
+    request_id.reset(token)
+    lines = [b"HTTP/1.1 429 Too Many Requests", *(b": ".join(one) for one in answer.raw_headers)]
+    return b"\r\n".join([*lines, b"", bytes(answer.body)])
 
 
 def _watch(worker: EmbeddingWorker, server: _Server) -> None:
@@ -87,46 +164,71 @@ def _watch(worker: EmbeddingWorker, server: _Server) -> None:
         worker.abandon()
         time.sleep(ABANDONED_GRACE_S)
     finally:
+        flush_logs()
         os._exit(1)  # a thread that hangs would keep the process for ever
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal, or until nothing can be embedded any more.
+def load_embedder(settings: Settings) -> Embedder:
+    """The embedder that the settings ask for.
 
     Raises:
-        SystemExit: With status 1, in the second case.
-        ModelError: The weights, the device or the precision cannot be had.
+        ModelError: The weights, the device, the precision or the runtime cannot be had.
+    """
+    return Embedder(
+        choose_checkpoint(settings.weights),
+        device=settings.device,
+        precision=settings.precision,
+        runtime=settings.runtime,
+    )
+
+
+def run(settings: Settings, embedder: ServedEmbedder | None = None) -> NoReturn:
+    """Serve until a signal, or until nothing can be embedded any more; ends the process.
+
+    Args:
+        settings: All of them.
+        embedder: Another one than the settings ask for.
+
+    Raises:
+        ModelError: The weights, the device, the precision or the runtime cannot be had.
         GalleryError: The data directory cannot be used.
     """
-    embedder = Embedder(
-        choose_checkpoint(settings.weights), device=settings.device, precision=settings.precision
-    )
-    gallery = EmbeddedGallery(settings.data_dir, index=settings.index)
+    embedder = embedder or load_embedder(settings)
+    cores = available_cores()
+    gallery = EmbeddedGallery(settings.data_dir, index=settings.index, searches=cores)
+    processes = cores if settings.decoders is None else settings.decoders
     counts = gallery.counts()
+    described = embedder.describe()
     log.info(
         "starting",
         extra={
             "address": f"http://{settings.host}:{settings.port}",
             "model": embedder.model,
-            "device": str(embedder.device),
-            "precision": embedder.precision,
+            **{name: described.get(name) for name in ("device", "precision", "runtime")},
+            "cores": cores,
+            "decoders": processes,
             "tracklets": counts.tracklets,
             "identities": counts.identities,
         },
     )
-    app = create_app(embedder, gallery, settings)
+    decoders = make_decoders(embedder, settings, processes=processes)
+    app = create_app(embedder, gallery, settings, decoders)
+    parts: Parts = app.state.parts
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
+        http=_bounded(settings.limits.connections, parts.metrics),
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
+        timeout_graceful_shutdown=CLOSING_S,
     )
-    server = _Server(config)
-    watched = (app.state.parts.worker, server)
+    server = _Server(config, parts)
+    watched = (parts.worker, server)
     threading.Thread(target=_watch, args=watched, name="watchdog", daemon=True).start()
     server.run()
-    if server.lost:
-        raise SystemExit(1)
+    flush_logs()
+    # Not by returning: a thread that still computes, or waits for a disk that hangs, would be
+    # waited for.
+    os._exit(1 if server.lost or not server.started else 0)

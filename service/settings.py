@@ -26,7 +26,12 @@ class _Group(BaseModel):
 class BatchSettings(_Group):
     """How the worker makes batches."""
 
-    max_frames: int = Field(64, ge=1, description="Frames in one batch at most.")
+    max_frames: int | None = Field(
+        None,
+        ge=1,
+        description="Frames in one batch at most; without a number what suits the device: 64 on a "
+        "CPU, 512 on a GPU.",
+    )
     max_delay_ms: float = Field(
         2.0, ge=0, le=1000, description="How long a batch waits for company, milliseconds."
     )
@@ -58,6 +63,12 @@ class LimitSettings(_Group):
     uploads: int = Field(
         32, ge=1, description="Uploads held in memory at a time; one more gets 429."
     )
+    searches: int = Field(
+        64, ge=1, description="Searches that may run or wait at a time; one more gets 429."
+    )
+    connections: int = Field(
+        1000, ge=1, description="Connections at a time; one more gets 429 and is closed."
+    )
 
 
 class Settings(BaseSettings):
@@ -87,6 +98,17 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Of the network; auto takes bf16 where the hardware multiplies it."
     )
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        "auto",
+        description="What runs the network; auto takes OpenVINO on a CPU where it is installed.",
+    )
+    decoders: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Processes that decode uploads; without a number one for each core, 0 for "
+        "threads of the service's own process.",
+    )
     frames_per_tracklet: int = Field(15, ge=1, description="Frames that make an embedding.")
     sampling: Literal["even", "all"] = Field("even", description="How frames are chosen.")
     index: str = Field("Flat", description="FAISS factory string of the search index.")
@@ -102,7 +124,7 @@ class Settings(BaseSettings):
     )
     log_format: Literal["json", "text"] = Field("text", description="How log lines are written.")
     shutdown_grace_s: float = Field(
-        30.0, ge=0, description="Seconds that running requests get to finish at SIGTERM."
+        30.0, ge=0, description="Seconds that accepted requests get to finish at SIGTERM."
     )
 
     @field_validator("api_keys", mode="before")

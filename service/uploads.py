@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -26,9 +27,8 @@ from service.errors import (
     UnsupportedMediaError,
     ValidationError,
 )
-from service.multipart import FILE_FIELDS
-from service.settings import LimitSettings
-from service.video import Pixels, read_video
+from service.limits import FILE_FIELDS, FrameLimits
+from service.strips import film_strip
 
 # Pillow's names. Its JPEG opener also answers MPO, a JPEG with a second picture behind it, as some
 # cameras write; MPO itself is no opener, and naming it here fails for every format after it.
@@ -68,6 +68,44 @@ class DecodedTracklet:
     received: int
 
 
+class Decoded(NamedTuple):
+    """All that is made of the files of an upload.
+
+    Args:
+        tracklet: Its frames.
+        content: Digest of its files.
+        strip: A JPEG, where one was asked for; see `service.strips`.
+    """
+
+    tracklet: DecodedTracklet
+    content: str
+    strip: bytes | None
+
+
+def decode_upload(
+    files: dict[str, list[bytes]],
+    choice: FrameChoice,
+    limits: FrameLimits,
+    *,
+    with_strip: bool = False,
+) -> Decoded:
+    """Make everything of an upload that takes time.
+
+    Args:
+        files: File fields of the form.
+        choice: Which frames, and what they become.
+        limits: What they may be.
+        with_strip: Draw the film strip, too.
+
+    Raises:
+        ServiceError: The upload is refused; the message says which frame and why.
+    """
+    kind, unpacked = unpack(files, limits)
+    tracklet = decode(kind, unpacked, choice, limits)
+    strip = film_strip(tracklet.clip) if with_strip else None
+    return Decoded(tracklet, content_digest(unpacked), strip)
+
+
 def content_digest(files: Sequence[bytes]) -> str:
     """Name the content of an upload: SHA-256 over its files in order, hex.
 
@@ -80,7 +118,7 @@ def content_digest(files: Sequence[bytes]) -> str:
     return digest.hexdigest()
 
 
-def unpack(files: dict[str, list[bytes]], limits: LimitSettings) -> tuple[str, list[bytes]]:
+def unpack(files: dict[str, list[bytes]], limits: FrameLimits) -> tuple[str, list[bytes]]:
     """Take the one upload out of a form.
 
     Args:
@@ -111,7 +149,7 @@ def unpack(files: dict[str, list[bytes]], limits: LimitSettings) -> tuple[str, l
 
 
 def decode(
-    kind: str, files: Sequence[bytes], choice: FrameChoice, limits: LimitSettings
+    kind: str, files: Sequence[bytes], choice: FrameChoice, limits: FrameLimits
 ) -> DecodedTracklet:
     """Decode the frames of an upload that are used.
 
@@ -136,7 +174,9 @@ def decode(
     return DecodedTracklet(np.stack(clip), tuple(positions), len(files))
 
 
-def _decode_video(content: bytes, choice: FrameChoice, limits: LimitSettings) -> DecodedTracklet:
+def _decode_video(content: bytes, choice: FrameChoice, limits: FrameLimits) -> DecodedTracklet:
+    from service.video import Pixels, read_video  # a third of a decoder's memory, seldom needed
+
     def choose(received: int) -> list[int]:
         return choose_frames(received, choice.used, choice.sampling)
 
@@ -153,7 +193,7 @@ def _decode_image(
     position: int,
     wanted: bool,
     preprocessing: Preprocessing,
-    limits: LimitSettings,
+    limits: FrameLimits,
 ) -> Clip | None:
     """Check one image file; decode it only where it is wanted."""
     place = f"frame {position}"
@@ -179,7 +219,7 @@ def _decode_image(
             ) from error
 
 
-def _check_image(image: Image.Image, content: bytes, place: str, limits: LimitSettings) -> None:
+def _check_image(image: Image.Image, content: bytes, place: str, limits: FrameLimits) -> None:
     size = f"{image.width}x{image.height}"
     if image.width * image.height > limits.frame_pixels:
         raise PayloadTooLargeError(_too_many_pixels(place, limits, size))
@@ -197,7 +237,7 @@ def _check_image(image: Image.Image, content: bytes, place: str, limits: LimitSe
         raise UndecodableFrameError(f"{place}: {_EXPECTED_IMAGE}, got one that is cut off")
 
 
-def _too_many_pixels(place: str, limits: LimitSettings, got: str) -> str:
+def _too_many_pixels(place: str, limits: FrameLimits, got: str) -> str:
     return f"{place}: expected at most {limits.frame_pixels} pixels, got {got}"
 
 
@@ -243,7 +283,7 @@ _WHOLE: dict[str, Callable[[bytes], bool]] = {
 }
 
 
-def _unpack_archive(content: bytes, limits: LimitSettings) -> list[bytes]:
+def _unpack_archive(content: bytes, limits: FrameLimits) -> list[bytes]:
     """The images of a zip in natural order of their names.
 
     Raises:
@@ -272,7 +312,7 @@ def _unpack_archive(content: bytes, limits: LimitSettings) -> list[bytes]:
         raise UnsupportedMediaError("expected a zip, got another kind of file") from error
 
 
-def _check_member_count(content: bytes, limits: LimitSettings) -> None:
+def _check_member_count(content: bytes, limits: FrameLimits) -> None:
     """Refuse a long directory before it is read: it may take a hundred times the zip's memory."""
     # Not the number that the end record gives: it may lie, and zipfile does not believe it either.
     members = content.count(_DIRECTORY_ENTRY)
@@ -296,7 +336,7 @@ def _is_frame(member: zipfile.ZipInfo) -> bool:
     return not member.is_dir() and parts[0] != "__MACOSX" and parts[-1] != ".DS_Store"
 
 
-def _check_members(members: list[zipfile.ZipInfo], limits: LimitSettings) -> None:
+def _check_members(members: list[zipfile.ZipInfo], limits: FrameLimits) -> None:
     if not members:
         raise NoUsableFramesError("expected a zip of images, got one without a file in it")
     if len(members) > limits.frames:
@@ -320,7 +360,7 @@ def _check_members(members: list[zipfile.ZipInfo], limits: LimitSettings) -> Non
 
 
 def _read_members(
-    archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], limits: LimitSettings
+    archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], limits: FrameLimits
 ) -> list[bytes]:
     files = []
     spare = limits.request_bytes

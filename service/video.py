@@ -17,7 +17,7 @@ from service.errors import (
     UnsupportedMediaError,
     ValidationError,
 )
-from service.settings import LimitSettings
+from service.limits import FrameLimits
 
 Pixels = NDArray[np.uint8]
 # Containers that hold a video themselves. Playlists (HLS, DASH, concat) would name further files.
@@ -34,7 +34,7 @@ def read_video(
     content: bytes,
     choose: Callable[[int], Sequence[int]],
     prepare: Callable[[Pixels], Pixels],
-    limits: LimitSettings,
+    limits: FrameLimits,
 ) -> tuple[int, dict[int, Pixels]]:
     """Count the frames of a video, choose among them, and prepare only the chosen ones.
 
@@ -95,7 +95,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return container.streams.video[0]
 
 
-def _count_packets(content: bytes, limits: LimitSettings) -> int:
+def _count_packets(content: bytes, limits: FrameLimits) -> int:
     """Read the packets without decoding them; refuse what is too large or cut off."""
     with _open(content) as container:
         stream = _video_stream(container)
@@ -124,7 +124,7 @@ def _count_packets(content: bytes, limits: LimitSettings) -> int:
         return packets
 
 
-def _check_size(width: int, height: int, limits: LimitSettings) -> None:
+def _check_size(width: int, height: int, limits: FrameLimits) -> None:
     if width * height > limits.frame_pixels:
         raise PayloadTooLargeError(
             f"expected frames of at most {limits.frame_pixels} pixels, got {width}x{height}"
@@ -141,7 +141,7 @@ def _decode(
     content: bytes,
     wanted: frozenset[int],
     prepare: Callable[[Pixels], Pixels],
-    limits: LimitSettings,
+    limits: FrameLimits,
 ) -> tuple[int, dict[int, Pixels]]:
     frames: dict[int, Pixels] = {}
     received = 0

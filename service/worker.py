@@ -1,26 +1,28 @@
 """The embedding worker: one thread that embeds what many requests ask for, a batch at a time."""
 
+import contextlib
 import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from model.embedder import TrackletEmbedding
 from model.frames import Clip, Preprocessing
 from service.errors import DeadlineExceededError, OverloadedError, WorkerUnavailableError
-from service.logs import request_id
+from service.logs import on_behalf_of, request_id
+from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 # A poisoned device fails at everything; one bad tracklet, or two, must not turn the probe red.
 FAILURES_UNTIL_UNREADY = 3
 # A batch that takes so many times as long as others of its size has got stuck, after STUCK_S at
 # the soonest.
-STUCK_TIMES = 50.0
+STUCK_TIMES = 20.0
 STUCK_S = 10.0
 # Seconds for what a device does once, before the first batch.
 WARM_UP_S = 300.0
@@ -58,6 +60,29 @@ class Embedder(Protocol):
         """Embed clips of (T, height, width, 3) uint8, one result each, in order."""
 
 
+class Pending(Protocol):
+    """A batch that a device computes."""
+
+    def result(self) -> list[TrackletEmbedding]:
+        """Wait for it: one result for each clip, in order."""
+
+
+@runtime_checkable
+class OverlappingEmbedder(Protocol):
+    """An `Embedder` that computes beside its caller, as on a GPU.
+
+    Where ``overlaps`` is true, the worker begins the next batch, which stages its frames, before it
+    asks for the result of the one that is computed.
+    """
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether beginning early gains anything."""
+
+    def begin(self, clips: Sequence[Clip], *, with_attention: bool = False) -> Pending:
+        """Stage and launch a batch, as for `Embedder.embed`, without waiting for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Embedded:
     """A finished tracklet.
@@ -71,6 +96,15 @@ class Embedded:
     result: TrackletEmbedding
     queue_s: float
     embed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A batch in the device's hands."""
+
+    batch: "list[_Job]"
+    started: float
+    pending: Pending
 
 
 @dataclass(slots=True, eq=False)
@@ -91,12 +125,23 @@ class EmbeddingWorker:
         max_frames: Frames in a batch; a longer tracklet goes alone.
         max_delay_s: How long a batch that is not full waits for company.
         max_tracklets: How many may wait; one more is refused.
+        metrics: Where batches and waits are noted.
     """
 
     def __init__(
-        self, embedder: Embedder, *, max_frames: int, max_delay_s: float, max_tracklets: int
+        self,
+        embedder: Embedder,
+        *,
+        max_frames: int,
+        max_delay_s: float,
+        max_tracklets: int,
+        metrics: Metrics | None = None,
     ) -> None:
         self._embedder = embedder
+        self._overlapping: OverlappingEmbedder | None = None
+        if isinstance(embedder, OverlappingEmbedder) and embedder.overlaps:
+            self._overlapping = embedder
+        self._metrics = metrics
         self._max_frames = max_frames
         self._max_delay_s = max_delay_s
         self._max_tracklets = max_tracklets
@@ -107,7 +152,7 @@ class EmbeddingWorker:
         self._failures = 0  # in a row
         self._canary_failed_since: float | None = None
         self._overdue_at: float | None = None  # of the batch at hand
-        self._batch: list[_Job] | None = None
+        self._held: list[_Job] = []  # by the thread, no longer in the queue
         self._died = False
         self._seconds_per_tracklet = 1.0
         self._seconds_per_frame = 1.0
@@ -151,34 +196,38 @@ class EmbeddingWorker:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        _fail(job for job in self._batch or [] if not job.future.done())
+        _fail(list(self._held))
         self._fail_waiting()
 
     def _is_stuck(self, since_s: float = 0.0) -> bool:
         overdue_at = self._overdue_at
         return overdue_at is not None and time.monotonic() >= overdue_at + since_s
 
-    def refuse_when_full(self) -> None:
-        """Return while there is room in the queue.
+    def refuse_when_full(self, deadline_s: float = math.inf) -> None:
+        """Return while there is room in the queue, and its end will be reached in time.
+
+        Args:
+            deadline_s: Seconds from now after which the result is of no use.
 
         Raises:
-            OverloadedError: The queue is full.
+            OverloadedError: The queue is full, or too long for the deadline.
             WorkerUnavailableError: Nobody works at the queue.
         """
         self._check_running()
-        waiting = self._count_waiting()
-        if waiting >= self._max_tracklets:
-            wait_s = math.ceil(waiting * self._seconds_per_tracklet)
-            raise OverloadedError(
-                f"expected fewer than {self._max_tracklets} tracklets waiting, got {waiting}",
-                retry_after_s=min(max(wait_s, 1), 60),
-            )
+        waiting = self.count_waiting()
+        wait_s = waiting * self._seconds_per_tracklet
+        if waiting < self._max_tracklets and wait_s <= deadline_s:
+            return
+        expected = f"expected fewer than {self._max_tracklets} tracklets waiting, got {waiting}"
+        if waiting < self._max_tracklets:
+            expected = f"expected a wait of less than {deadline_s:g} s, got about {wait_s:.0f} s"
+        raise OverloadedError(expected, retry_after_s=min(max(math.ceil(wait_s), 1), 60))
 
     def _check_running(self) -> None:
         if self._closing or not self._thread.is_alive():
             raise WorkerUnavailableError("the embedding worker is not running")
 
-    def _count_waiting(self) -> int:
+    def count_waiting(self) -> int:
         """How many wait, after those that were cancelled have left."""
         with self._changed:
             if any(job.future.cancelled() for job in self._jobs):
@@ -203,21 +252,26 @@ class EmbeddingWorker:
             WorkerUnavailableError: Nobody works at the queue.
         """
         with self._changed:
-            self.refuse_when_full()
+            self.refuse_when_full(deadline_s)
             now = time.monotonic()
             job = _Job(clip, with_attention, now + deadline_s, now, request_id.get())
             self._jobs.append(job)
             self._changed.notify()
         return job.future
 
-    def close(self, timeout_s: float | None = None) -> None:
-        """Finish what is queued, then stop. What is left after ``timeout_s`` fails."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Finish what is queued, then stop. What is left after ``timeout_s`` fails.
+
+        Returns:
+            Whether the thread has ended; it has not where a batch takes longer.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
-        self._fail_waiting()
+        self.abandon()
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -227,27 +281,45 @@ class EmbeddingWorker:
             self._overdue_at = None
             self._seconds_per_frame = time.monotonic() - started  # far too long, until one is timed
             self._warm = True
-            while (batch := self._next_batch()) is not None:
-                self._batch = batch
-                frames = sum(len(job.clip) for job in batch) or 1
-                limit_s = max(STUCK_S, STUCK_TIMES * frames * self._seconds_per_frame)
-                self._overdue_at = time.monotonic() + limit_s
-                if batch:
-                    self._embed(batch)
-                else:
-                    self._send_canary()
-                self._overdue_at, self._batch = None, None
+            self._work()
         except BaseException:
             self._died = True
-            log.exception("the embedding worker has died")
-            raise
+            with on_behalf_of(job.request_id for job in self._held):
+                log.exception("the embedding worker has died")
         finally:
             with self._changed:
                 self._closing = True  # before the queue is emptied, so that nobody joins it after
             self._warm = False
             self._overdue_at = None
-            _fail(job for job in self._batch or [] if not job.future.done())
-            self._fail_waiting()
+            self.abandon()
+
+    def _work(self) -> None:
+        """Take batch after batch until the end."""
+        begun: _Begun | None = None
+        while (batch := self._next_batch(wait=begun is None)) is not None or begun:
+            self._set_limit([*(batch or []), *(begun.batch if begun else [])])
+            if batch and self._overlapping:
+                # Staged while the one before is computed.
+                next_begun = self._begin(self._overlapping, batch)
+                if begun:
+                    self._finish(begun)
+                begun = next_begun
+            elif begun:
+                self._finish(begun)
+                begun = None
+            elif batch:
+                self._embed(batch)
+            else:
+                self._send_canary()
+            self._held = begun.batch if begun else []
+            self._overdue_at = None
+
+    def _set_limit(self, held: list[_Job]) -> None:
+        """Say from when on the thread counts as stuck."""
+        self._held = held
+        frames = sum(len(job.clip) for job in held) or 1
+        limit_s = max(STUCK_S, STUCK_TIMES * frames * self._seconds_per_frame)
+        self._overdue_at = time.monotonic() + limit_s
 
     def _send_canary(self) -> None:
         """Embed a grey frame: whoever asks for nothing must still hear that nothing would come.
@@ -264,8 +336,12 @@ class EmbeddingWorker:
             return
         self._failures, self._canary_failed_since = 0, None
 
-    def _next_batch(self) -> list[_Job] | None:
-        """Wait for work; an empty batch is a canary's turn, None the end."""
+    def _next_batch(self, *, wait: bool) -> list[_Job] | None:
+        """What is to be embedded next; an empty batch is a canary's turn, None the end.
+
+        Args:
+            wait: For work, and for company; else what is there, which may be an empty batch.
+        """
         batch: list[_Job] = []
         is_failing = self._failures >= FAILURES_UNTIL_UNREADY
         is_failing |= self._canary_failed_since is not None
@@ -283,7 +359,7 @@ class EmbeddingWorker:
                         frames += len(job.clip)
                         full_at = min(full_at, time.monotonic() + self._max_delay_s)
                 wait_s = full_at - time.monotonic()
-                if batch and (self._jobs or self._closing or wait_s <= 0):
+                if not wait or (batch and (self._jobs or self._closing or wait_s <= 0)):
                     return batch
                 if self._closing:
                     return None
@@ -303,34 +379,67 @@ class EmbeddingWorker:
 
     def _embed(self, batch: list[_Job]) -> None:
         started = time.monotonic()
-        try:
-            results = self._embedder.embed(
-                [job.clip for job in batch],
-                with_attention=any(job.with_attention for job in batch),
-            )
-            if len(results) != len(batch):
-                raise ValueError(f"expected {len(batch)} embeddings, got {len(results)}")
-        except Exception as error:
-            if len(batch) > 1:  # one bad tracklet must not take the others with it
-                for job in batch:
-                    self._embed([job])
-                return
-            log.exception(
-                "a tracklet could not be embedded", extra={"request_id": batch[0].request_id}
-            )
-            failure = WorkerUnavailableError("the tracklet could not be embedded; the log says why")
-            failure.__cause__ = error
-            self._failures += 1
-            batch[0].future.set_exception(failure)
+        with on_behalf_of(job.request_id for job in batch):
+            try:
+                results = self._embedder.embed(
+                    [job.clip for job in batch], with_attention=_want_attention(batch)
+                )
+                _check_count(results, batch)
+            except Exception as error:  # noqa: BLE001 logged, and told to whom it concerns
+                self._embed_alone(batch, error)
+            else:
+                self._deliver(batch, results, started)
+
+    def _begin(self, embedder: OverlappingEmbedder, batch: list[_Job]) -> _Begun | None:
+        """Launch a batch; None where it failed and everybody has heard."""
+        started = time.monotonic()
+        with on_behalf_of(job.request_id for job in batch):
+            try:
+                pending = embedder.begin(
+                    [job.clip for job in batch], with_attention=_want_attention(batch)
+                )
+            except Exception as error:  # noqa: BLE001 likewise
+                self._embed_alone(batch, error)
+                return None
+        return _Begun(batch, started, pending)
+
+    def _finish(self, begun: _Begun) -> None:
+        """Wait for a batch that was launched."""
+        with on_behalf_of(job.request_id for job in begun.batch):
+            try:
+                results = begun.pending.result()
+                _check_count(results, begun.batch)
+            except Exception as error:  # noqa: BLE001 likewise
+                self._embed_alone(begun.batch, error)
+            else:
+                self._deliver(begun.batch, results, begun.started)
+
+    def _embed_alone(self, batch: list[_Job], error: Exception) -> None:
+        """Embed one by one what failed together: a bad tracklet must not take others with it."""
+        if len(batch) > 1:
+            log.warning("a batch of %d failed, trying one by one: %s", len(batch), error)
+            for job in batch:
+                self._embed([job])
             return
+        log.error("a tracklet could not be embedded", exc_info=error)
+        failure = WorkerUnavailableError("the tracklet could not be embedded; the log says why")
+        failure.__cause__ = error
+        self._failures += 1
+        _answer(batch[0], failure)
+
+    def _deliver(self, batch: list[_Job], results: list[TrackletEmbedding], started: float) -> None:
         self._failures, self._canary_failed_since = 0, None
         seconds = time.monotonic() - started
         frames = sum(len(job.clip) for job in batch)
         self._seconds_per_frame += 0.2 * (seconds / frames - self._seconds_per_frame)
         self._seconds_per_tracklet += 0.2 * (seconds / len(batch) - self._seconds_per_tracklet)
+        if self._metrics:
+            self._metrics.observe_batch(frames, seconds)
         for job, result in zip(batch, results, strict=True):
-            if not job.future.done():  # or it was given up by `abandon`
-                job.future.set_result(Embedded(result, started - job.submitted, seconds))
+            queue_s = started - job.submitted
+            if self._metrics:
+                self._metrics.observe_queue_wait(queue_s)
+            _answer(job, Embedded(result, queue_s, seconds))
 
     def _fail_waiting(self) -> None:
         with self._changed:
@@ -338,6 +447,24 @@ class EmbeddingWorker:
         _fail(job for job in jobs if job.future.set_running_or_notify_cancel())
 
 
+def _want_attention(batch: list[_Job]) -> bool:
+    return any(job.with_attention for job in batch)
+
+
+def _check_count(results: Sequence[TrackletEmbedding], batch: list[_Job]) -> None:
+    if len(results) != len(batch):
+        raise ValueError(f"expected {len(batch)} embeddings, got {len(results)}")
+
+
 def _fail(jobs: Iterable[_Job]) -> None:
     for job in jobs:
-        job.future.set_exception(WorkerUnavailableError("the embedding worker has stopped"))
+        _answer(job, WorkerUnavailableError("the embedding worker has stopped"))
+
+
+def _answer(job: _Job, answer: Embedded | Exception) -> None:
+    """Tell who waits; nothing where `EmbeddingWorker.abandon` has done so in another thread."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(answer, Exception):
+            job.future.set_exception(answer)
+        else:
+            job.future.set_result(answer)

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from index.gallery import DuplicateTrackletError, Enrolment, Gallery, NotFoundError, TrackletRecord
 from service.errors import AlreadyExistsError, PayloadTooLargeError, ValidationError
 from service.ids import new_tracklet_id
-from service.parts import Parts, PartsDep, Upload, draw_strip, embed, receive
+from service.parts import Parts, PartsDep, Upload, embed, receive
 from service.schemas import (
     ID_PATTERN,
     EnrolFields,
@@ -46,25 +46,26 @@ async def enrol(
     _: Annotated[NoParameters, Query()],
 ) -> RecordBody:
     """Enrol a tracklet; it is stored and searchable when this answers."""
-    upload = await receive(request, parts)
+    upload = await receive(request, parts, with_strip=parts.settings.thumbnails)
     fields = _read_fields(upload.fields)
     check_metadata(fields.metadata, parts)
     content = f"{upload.content}:{_fields_digest(fields)}"
     record = await run_in_threadpool(_stored, parts.gallery, fields.tracklet_id, content)
     if record is None:
-        record, created = await _add(parts, upload, fields, content)
+        record, created = await _add(request, parts, upload, fields, content)
         response.status_code = 201 if created else 200
     else:
         response.status_code = 200
+    upload.timing.body()
     response.headers["Location"] = f"/gallery/{record.tracklet_id}"
     return RecordBody.of(record)
 
 
 async def _add(
-    parts: Parts, upload: Upload, fields: EnrolFields, content: str
+    request: Request, parts: Parts, upload: Upload, fields: EnrolFields, content: str
 ) -> tuple[TrackletRecord, bool]:
     """Embed and store; False where another request stored the same id and content meanwhile."""
-    embedded = await embed(parts, upload)
+    embedded = await embed(request, parts, upload)
     record = TrackletRecord(
         tracklet_id=fields.tracklet_id or new_tracklet_id(),
         identity=fields.identity,
@@ -78,8 +79,7 @@ async def _add(
         created_at=datetime.now(UTC),
         content=content,
     )
-    strip = await draw_strip(parts, upload)
-    enrolment = Enrolment(record, embedded.result.embedding, strip)
+    enrolment = Enrolment(record, embedded.result.embedding, upload.strip)
     try:
         await run_in_threadpool(parts.gallery.add, [enrolment])
     except DuplicateTrackletError:

@@ -1,15 +1,13 @@
 """Ask who a tracklet shows, or take its embedding along."""
 
-import time
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 
 from index.ranking import decide
 from model.embedder import TrackletEmbedding
 from service.attention import to_contract_grid
-from service.parts import PartsDep, Upload, embed, frame_counts, receive_bare
+from service.parts import PartsDep, Upload, embed, frame_counts, receive_bare, search
 from service.schemas import (
     AttentionBody,
     EmbedBody,
@@ -37,21 +35,19 @@ async def query(
 ) -> QueryBody:
     """Find the identities of the gallery that look most like the person in the tracklet."""
     upload = await receive_bare(request, parts)
-    embedded = await embed(parts, upload, with_attention=parameters.explain)
-
-    started = time.perf_counter()
-    found = await run_in_threadpool(
-        parts.gallery.search,
-        embedded.result.embedding,
-        model=parts.embedder.model,
+    embedded = await embed(request, parts, upload, with_attention=parameters.explain)
+    found = await search(
+        parts,
+        upload,
+        embedded,
         top_k=parameters.top_k,
         group_by=parameters.group_by,
         filters=parameters.filters(),
         max_distance=parameters.max_distance,
     )
-    upload.timing.search = (time.perf_counter() - started) * 1000
-
     threshold = parts.settings.threshold
+    decision = decide(found.nearest, threshold)
+    parts.metrics.observe_decision(found.nearest, decision)
     body = QueryBody(
         matches=[
             MatchBody(
@@ -62,7 +58,7 @@ async def query(
             )
             for rank, match in enumerate(found.matches, start=1)
         ],
-        decision=decide(found.nearest, threshold),
+        decision=decision,
         threshold=threshold,
         searched=found.searched,
         model=parts.embedder.model,
@@ -92,7 +88,7 @@ async def embed_tracklet(
 ) -> EmbedBody:
     """Embed a tracklet without storing it."""
     upload = await receive_bare(request, parts)
-    embedded = await embed(parts, upload)
+    embedded = await embed(request, parts, upload)
     return EmbedBody(
         embedding=embedded.result.embedding.tolist(),
         dim=parts.embedder.dim,

@@ -3,12 +3,12 @@
 from importlib.metadata import version
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse
 
-from index.gallery import GalleryError
-from service.errors import NotReadyError, ServiceError
+from service.errors import NotReadyError
 from service.parts import PartsDep
+from service.readiness import Readiness
 from service.schemas import Body, problem_responses
 
 router = APIRouter(tags=["status"])
@@ -61,16 +61,10 @@ async def livez() -> dict[str, str]:
 
 
 @router.get("/readyz", responses=problem_responses(503))
-def readyz(parts: PartsDep) -> ReadyBody:
+async def readyz(request: Request) -> ReadyBody:
     """Ask every part whether it can do its work."""
-    checks = {}
-    for name, check in (("worker", parts.worker.check), ("store", parts.gallery.check)):
-        try:
-            check()
-        except (ServiceError, GalleryError) as error:
-            checks[name] = str(error)
-        else:
-            checks[name] = "ok"
+    readiness: Readiness = request.app.state.readiness
+    checks = await readiness.ask()
     failed = [f"{name}: {answer}" for name, answer in checks.items() if answer != "ok"]
     if failed:
         raise NotReadyError("; ".join(failed))

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from index.gallery import Embeddings
-from index.ranking import Rows, decide, rank, summation_error
+from index.ranking import Error, Nearest, Rows, decide, rank, summation_error
 
 
 @dataclass
@@ -21,7 +20,7 @@ class FakeSource:
     vectors: Embeddings
     group_of: Rows
     noise: int = 0
-    bound: float | None = None
+    bound: Error | None = None
     exhaustive: bool = True
     fetched: int = 0
     rounds: list[int] = field(default_factory=list)
@@ -30,19 +29,17 @@ class FakeSource:
     def count(self) -> int:
         return len(self.vectors)
 
-    @property
-    def error(self) -> float | None:
-        return self.bound or summation_error(self.vectors.shape[1])
-
-    def nearest(self, count: int, without: Rows) -> tuple[Rows, NDArray[np.float32]]:
+    def nearest(self, count: int, without: Rows) -> Nearest:
         self.rounds.append(count)
-        assert self.error is not None
+        error = self.bound or summation_error(self.vectors.shape[1])
         draw = np.random.default_rng(self.noise).uniform(-1, 1, len(self.vectors))
         exact = ((self.vectors.astype(float) - self.query.astype(float)) ** 2).sum(axis=1)
-        squared = (exact * (1 + draw * self.error * 0.9)).astype(np.float32)
+        noise = draw * 0.9 * (error.relative * exact + error.absolute)
+        squared = np.maximum(exact + noise, 0).astype(np.float32)
         rows = np.flatnonzero(~np.isin(self.group_of, without))
-        rows = rows[np.argsort(squared[rows], kind="stable")][:count]
-        return rows, squared[rows]
+        rows = rows[np.argsort(squared[rows], kind="stable")]
+        horizon = np.inf if count >= len(rows) else float(squared[rows[count - 1]])
+        return Nearest(rows[:count], squared[rows[:count]], horizon, error)
 
     def groups(self, rows: Rows) -> Rows:
         return self.group_of[rows]
@@ -124,7 +121,7 @@ def test_distances_that_are_equal_only_in_float32_rank_by_tracklet_id() -> None:
     """Also for a source whose own distances are good enough to tell them apart."""
     eps = float(np.finfo(np.float32).eps)
     vectors = np.array([[1, (2.9 * eps) ** 0.5], [1, (1.1 * eps) ** 0.5]], dtype=np.float32)
-    source = FakeSource(np.zeros(2, np.float32), vectors, np.arange(2), bound=eps / 2)
+    source = FakeSource(np.zeros(2, np.float32), vectors, np.arange(2), bound=Error(eps / 2, 0.0))
 
     assert ranked(source, 1, 2) == slow_rank(source, 1) == [(1 + eps, tracklet_id(0))]
 

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from model.errors import DeviceError, InvalidFramesError
 from model.frames import Clip, Preprocessing, normalise, read_clip
 from model.measures import Measures, rank_queries
 from model.network import NetworkConfig, TrackletNet
+from model.runtimes import Runtime
 
 SIZE = Preprocessing(height=64, width=32)
 
@@ -261,7 +263,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_that_is_remembered(
 ) -> None:
     pixels = [clip(15, seed) for seed in range(2)]
     wanted = Embedder(checkpoint, device="cpu", precision="fp32").embed(pixels)
-    embedder = Embedder(checkpoint, device="cpu", precision="fp32", max_frames=16)
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32", runtime="torch", max_frames=16)
     cramped = Cramped(embedder, most=5)
     monkeypatch.setattr(embedder._network, "embed_frames", cramped)
 
@@ -278,7 +280,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_that_is_remembered(
 def test_a_frame_that_memory_does_not_hold_fails(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embedder = Embedder(checkpoint, device="cpu", precision="fp32")
+    embedder = Embedder(checkpoint, device="cpu", precision="fp32", runtime="torch")
     monkeypatch.setattr(embedder._network, "embed_frames", Cramped(embedder, most=0))
 
     with pytest.raises(torch.OutOfMemoryError):
@@ -322,9 +324,15 @@ SHARED = Path(os.environ.get("SHARED", Path(__file__).parents[3] / "shared"))
 WARD = SHARED / "data" / "ward"
 
 
-def embed_ward(device: str, precision: Precision) -> tuple[np.ndarray, Measures]:
+@cache  # fp32 is what all others are held to
+def embed_ward(
+    device: str, precision: Precision, runtime: Runtime = "auto"
+) -> tuple[np.ndarray, Measures]:
     """Each of 105 tracklets among those of the other cameras, by the weights that ship."""
-    embedder = Embedder(load_checkpoint(BUNDLED_FILE), device=device, precision=precision)
+    embedder = Embedder(
+        load_checkpoint(BUNDLED_FILE), device=device, precision=precision, runtime=runtime
+    )
+    embedder.warm_up()
     tracklets = read_folder(WARD)
     clips = [read_clip(one.frames, embedder.preprocessing, used=8) for one in tracklets]
     embeddings = np.stack([one.embedding for one in embedder.embed(clips)]).astype(np.float64)
@@ -334,12 +342,35 @@ def embed_ward(device: str, precision: Precision) -> tuple[np.ndarray, Measures]
     return embeddings, rank_queries(distances, identities, identities, cameras, cameras)
 
 
+@pytest.mark.slow
+@pytest.mark.dataset
+@pytest.mark.skipif(not WARD.is_dir(), reason=f"needs WARD in {SHARED}")
+@pytest.mark.parametrize(
+    ("precision", "runtime", "tolerance"),
+    [("fp32", "openvino", 1e-4), ("bf16", "openvino", 2e-2), ("bf16", "torch", 2e-2)],
+)
+def test_every_path_on_the_cpu_ranks_real_people_as_fp32_does(
+    precision: Precision, runtime: Runtime, tolerance: float
+) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    embeddings, exact = embed_ward("cpu", "fp32", "torch")
+    rounded, rough = embed_ward("cpu", precision, runtime)
+
+    errors = [relative(ours, right) for ours, right in zip(rounded, embeddings, strict=True)]
+    told = (rough.rank_1, exact.rank_1, rough.mean_average_precision, exact.mean_average_precision)
+    print(f"worst error {max(errors):.1e}, rank-1 and mAP", *told)  # noqa: T201 shown with pytest -s
+    assert max(errors) < tolerance
+    assert rough.rank_1 == exact.rank_1
+    assert rough.mean_average_precision == pytest.approx(exact.mean_average_precision, abs=0.002)
+
+
 @pytest.mark.gpu
 @pytest.mark.dataset
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.skipif(not WARD.is_dir(), reason=f"needs WARD in {SHARED}")
 def test_bf16_on_a_gpu_ranks_real_people_as_fp32_on_the_cpu_does() -> None:
-    embeddings, exact = embed_ward("cpu", "fp32")
+    embeddings, exact = embed_ward("cpu", "fp32", "torch")
     rounded, rough = embed_ward("cuda", "bf16")
 
     assert exact.counted == 105

@@ -1,16 +1,20 @@
 """Which frames are used, and how an image becomes input."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from model.errors import InvalidFramesError
 from model.frames import (
+    Clip,
     Preprocessing,
     Sampling,
     choose_frames,
@@ -110,6 +114,148 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     assert frame.shape == (64, 32, 3)
     assert frame.dtype == np.uint8
     assert frame.min() >= 250
+
+
+def street(width: int, height: int, seed: int = 0) -> Image.Image:
+    """What cameras see: large shapes strong, fine ones weak (1/f), and hard edges; noise on top."""
+    rng = np.random.default_rng(seed)
+    cycles = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
+    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / np.maximum(cycles, 1)
+    levels = np.fft.irfft2(spectrum, (height, width))
+    levels = 128 + 50 * (levels - levels.mean()) / levels.std()
+    for _ in range(12):
+        top, left = rng.integers(height), rng.integers(width)
+        levels[:, top : top + height // 4, left : left + width // 4] += rng.integers(-60, 60)
+    levels += rng.normal(scale=3, size=levels.shape)
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def opened(image: Image.Image, kind: str = "JPEG", **options: Any) -> Image.Image:
+    """An image written to a file and opened again, not yet decoded."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(file)
+
+
+def plainly(image: Image.Image, preprocessing: Preprocessing) -> Clip:
+    """What `prepare_frame` is, without anything left out: decode all, turn, convert, resize."""
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    size = (preprocessing.width, preprocessing.height)
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    return np.asarray(upright.resize(size, filters[preprocessing.interpolation]))
+
+
+def error(image: Image.Image, expected: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
+    """By how many levels each value of a prepared frame is off."""
+    return np.abs(prepare_frame(image, preprocessing).astype(int) - expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((32, 64), {}),  # the network's own
+        ((16, 40), {}),
+        ((48, 128), {}),
+        ((127, 256), {}),  # a pixel below four times as wide
+        ((128, 255), {}),
+        ((32, 64), {"progressive": True}),
+        ((400, 800), {"kind": "PNG"}),
+        ((400, 800), {"kind": "BMP"}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_frames_that_are_not_large_jpegs_are_prepared_to_the_bit(
+    size: tuple[int, int], options: dict[str, Any], mode: str, interpolation: Any
+) -> None:
+    preprocessing = Preprocessing(height=64, width=32, interpolation=interpolation)
+    image = street(*size).convert(mode)
+
+    got = prepare_frame(opened(image, **options), preprocessing)
+
+    assert np.array_equal(got, plainly(opened(image, **options), preprocessing))
+
+
+def test_a_large_jpeg_that_exif_turns_is_prepared_to_the_bit() -> None:
+    exif = Image.Exif()
+    for orientation in range(2, 9):
+        exif[0x0112] = orientation
+        image = street(300, 300)
+
+        got = prepare_frame(opened(image, exif=exif), SMALL)
+
+        assert np.array_equal(got, plainly(opened(image, exif=exif), SMALL))
+
+
+def test_a_decoded_image_is_prepared_to_the_bit() -> None:
+    """A draft of what is decoded already would be garbage."""
+    image = opened(street(300, 600))
+    image.load()
+
+    assert np.array_equal(prepare_frame(image, SMALL), plainly(image, SMALL))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("size", "scaled_to"),
+    [
+        ((128, 256), (64, 128)),
+        ((131, 261), (66, 131)),  # neither side divides
+        ((256, 512), (64, 128)),
+        ((1000, 700), (250, 175)),
+        ((1024, 1024), (128, 128)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("RGB", {}), ("RGB", {"progressive": True}), ("RGB", {"subsampling": 0}), ("L", {}),
+     ("CMYK", {}), ("RGB", {"kind": "MPO", "save_all": True})],
+    ids=["plain", "progressive", "full colour", "grey", "cmyk", "mpo"],
+)  # fmt: skip
+def test_a_large_jpeg_is_decoded_smaller_within_the_stated_tolerance(
+    size: tuple[int, int],
+    scaled_to: tuple[int, int],
+    mode: str,
+    options: dict[str, Any],
+    interpolation: Any,
+) -> None:
+    """By less than 2 levels in the mean and 16 at most, of 255; at least twice the size is left."""
+    preprocessing = Preprocessing(height=64, width=32, interpolation=interpolation)
+    image = street(*size).convert(mode)
+    expected = plainly(opened(image, **options), preprocessing)
+    large = opened(image, **options)
+
+    wrong = error(large, expected, preprocessing)
+
+    assert large.size == scaled_to
+    assert wrong.mean() < 2
+    assert wrong.max() <= 16
+
+
+def test_a_large_jpeg_keeps_its_place_where_the_scale_divides_no_side() -> None:
+    """The last column of the smaller decode stands for a part of one."""
+    ramp = np.linspace(0, 255, 135).round().astype(np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp, (257, 135)).copy())
+    expected = plainly(opened(image, quality=100), SMALL)
+
+    assert error(opened(image, quality=100), expected, SMALL).max() <= 1
+
+
+def test_a_large_jpeg_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    street(256, 512).save(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+    with pytest.raises(InvalidFramesError, match="could not decode"):
+        read_clip([path], SMALL)
+
+
+def test_an_image_outlives_its_file(tmp_path: Path) -> None:
+    street(32, 64).save(tmp_path / "frame.bmp")
+    with Image.open(tmp_path / "frame.bmp") as image:
+        rgb = to_rgb(image)
+
+    assert np.array_equal(np.asarray(rgb), np.asarray(street(32, 64)))
 
 
 def test_shrinking_filters_against_aliasing() -> None:

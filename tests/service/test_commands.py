@@ -315,3 +315,89 @@ def test_ctrl_c_in_an_enrolment_leaves_whole_tracklets(
     assert gallery.counts().tracklets == 1
     _, again = passerby("enroll", people, "--server", address)
     assert "5 enrolled, 1 skipped" in again
+
+
+def test_a_load_test_prints_what_it_found_and_writes_it_down(
+    address: str, people: Path, tmp_path: Path, gallery: EmbeddedGallery
+) -> None:
+    passerby("enroll", people, "--server", address)
+    words = ("bench", people, "--server", address, "--duration", "1", "--warmup", "0.2")
+
+    status, said = passerby(*words, "--rate", "10", "--output", tmp_path / "report")
+
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    [run] = results["runs"]
+    assert status == 0, said
+    assert (run["sent"], run["answered"]) == (10, 10)
+    assert run["timing_ms"]["total"] > 0
+    assert results["gallery"]["tracklets"] == gallery.counts().tracklets == 6
+    assert "p99" in said
+    with Image.open(tmp_path / "report" / "latency.png") as picture:
+        assert picture.size[0] > 600
+
+
+def test_a_load_test_at_several_rates_has_a_row_each(
+    address: str, people: Path, tmp_path: Path
+) -> None:
+    words = ("bench", people, "--server", address, "--duration", "1", "--warmup", "0")
+
+    status, said = passerby(*words, "--rates", "3,6", "--route", "embed", "--output", tmp_path)
+
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert status == 0, said
+    assert [(run["rate"], run["sent"]) for run in runs] == [(3, 3), (6, 6)]
+
+
+def test_a_load_test_of_an_empty_gallery_says_so(
+    address: str, people: Path, tmp_path: Path
+) -> None:
+    words = ("bench", people, "--server", address, "--duration", "1", "--warmup", "0")
+
+    _, said = passerby(*words, "--output", tmp_path)
+
+    assert "the gallery is empty" in said
+
+
+def test_a_load_test_refuses_a_gallery_that_is_too_small(
+    address: str, people: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ClientError, match="at least 100 tracklets stored, got 0"):
+        passerby(
+            "bench", people, "--server", address, "--gallery-check", "100", "--output", tmp_path
+        )
+
+
+def test_a_load_test_of_nobody_is_a_clear_error(address: str, people: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClientError, match="could not reach http://127"):
+        passerby("bench", people, "--server", "http://127.0.0.1:9", "--output", tmp_path)
+    with pytest.raises(ClientError, match="could not read"):
+        passerby("bench", tmp_path / "nowhere", "--server", address, "--output", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--rate", "0"), ("--rate", "nan"), ("--rates", "1,x"), ("--rate", "1", "--rates", "1,2")],
+)
+def test_a_load_test_refuses_a_rate_that_is_none(words: tuple[str, ...], tmp_path: Path) -> None:
+    status, said = passerby("bench", "--output", tmp_path, *words)
+
+    assert status == 2
+    assert "expected" in said
+
+
+def test_ctrl_c_in_a_load_test_reports_what_there_is(
+    address: str, people: Path, tmp_path: Path, embedder: FakeEmbedder
+) -> None:
+    def interrupt(_: object) -> None:
+        if len(embedder.batches) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    embedder.refuse = interrupt
+    words = ("bench", people, "--server", address, "--rate", "10", "--duration", "1000")
+
+    status, said = passerby(*words, "--warmup", "0", "--output", tmp_path)
+
+    [run] = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert status == 130
+    assert "stopping" in said
+    assert 0 < run["sent"] < 1000

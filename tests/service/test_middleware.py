@@ -1,13 +1,15 @@
 """What happens around every request: id, key, bound on the body."""
 
 import asyncio
+import json
 import logging
 
 import pytest
 from starlette.testclient import TestClient
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.middleware import DrainMiddleware
+from service.logs import JsonFormatter
+from service.middleware import DrainMiddleware, RequestMiddleware
 from service.settings import LimitSettings
 from tests.service.conftest import Start, assert_problem, enrol
 from tests.service.making import FORM_TYPE, GOOD, form, picture
@@ -33,6 +35,51 @@ def test_a_hostile_request_id_is_replaced(client: TestClient, hostile: str) -> N
 
     assert answer.headers["x-request-id"] not in ("", hostile)
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def run_within(app: ASGIApp, **headers: str) -> list[Message]:
+    """Run a middleware in this task; returns what it sent."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": "GET", "path": "/here", "headers": raw}
+        await app(scope, receive, send)
+        logging.getLogger("uvicorn.error").error("ended without completing its answer")
+
+    asyncio.run(run())
+    return sent
+
+
+async def answer_with_an_id(_: Scope, __: Receive, send: Send) -> None:
+    headers = [(b"x-request-id", b"another"), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body"})
+
+
+def test_an_answer_has_one_request_id() -> None:
+    [start, _] = run_within(RequestMiddleware(answer_with_an_id), **{"x-request-id": "mine"})
+
+    assert start["headers"] == [(b"content-length", b"0"), (b"x-request-id", b"mine")]
+
+
+def test_what_the_server_says_of_a_request_afterwards_has_its_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Uvicorn looks, in the same task, at whether the answer was complete."""
+    formatter = JsonFormatter()
+    caplog.handler.setFormatter(formatter)
+
+    run_within(RequestMiddleware(answer_with_an_id), **{"x-request-id": "mine"})
+
+    [line] = [one for one in caplog.text.splitlines() if "ended without" in one]
+    assert json.loads(line)["request_id"] == "mine"
 
 
 KEYS = ("first-key", "second-key")

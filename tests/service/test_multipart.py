@@ -21,7 +21,7 @@ from tests.service.conftest import (
     assert_refused,
     enrol,
 )
-from tests.service.making import FORM_TYPE, GOOD, form, picture
+from tests.service.making import FORM_TYPE, GOOD, GREEN, form, picture
 
 FRAME = ("frames", "0.jpg", picture())
 
@@ -198,13 +198,33 @@ async def drive(app: Any, path: str, body_type: str, messages: list[Message]) ->
     waiting = iter(messages)
 
     async def receive() -> Message:
-        return next(waiting)
+        for message in waiting:
+            return message
+        if messages[-1]["type"] == "http.request":
+            await asyncio.Event().wait()  # the client waits for its answer
+        return messages[-1]
 
     async def send(message: Message) -> None:
         sent.append(message)
 
     await app(scope(path, body_type), receive, send)
     return sent
+
+
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_a_body_that_arrives_in_pieces_is_the_same_body(client: TestClient, size: int) -> None:
+    body = form([FRAME, ("frames", "1.jpg", picture(GREEN)), ("tracklet_id", None, b"t1")])
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+    messages: list[Message] = [
+        *({"type": "http.request", "body": piece, "more_body": True} for piece in pieces),
+        {"type": "http.request"},
+    ]
+
+    sent = asyncio.run(drive(client.app, "/gallery", FORM_TYPE["Content-Type"], messages))
+    again = client.post("/gallery", content=body, headers=FORM_TYPE)
+
+    assert sent[0]["status"] == 201
+    assert again.status_code == 200  # with other content, it would be 409
 
 
 @pytest.mark.parametrize("path", ["/gallery", "/query", "/embed"])

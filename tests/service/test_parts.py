@@ -1,13 +1,20 @@
 """What routes share: an upload that never ends must not keep its place."""
 
 import asyncio
+import threading
 from collections.abc import MutableMapping
 from typing import Any
 
+import httpx2
+import pytest
+
 from index.embedded import EmbeddedGallery
 from service.app import create_app
-from service.settings import LimitSettings, Settings
-from tests.service.conftest import FakeEmbedder
+from service.errors import OverloadedError
+from service.parts import Parts, Slots
+from service.settings import LimitSettings, QueueSettings, Settings
+from tests.service.conftest import FakeEmbedder, Start, assert_problem
+from tests.service.making import GOOD
 
 
 def test_an_upload_that_stops_arriving_is_given_up(
@@ -41,3 +48,123 @@ def test_an_upload_that_stops_arriving_is_given_up(
     asyncio.run(ask_twice())
 
     assert [one["status"] for one in sent if one["type"] == "http.response.start"] == [504, 504]
+
+
+class HangingUp:
+    """A client that sends a whole upload and hangs up when it is told to."""
+
+    def __init__(self, path: str) -> None:
+        request = httpx2.Request("POST", f"http://service{path}", files=GOOD)
+        self.scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "query_string": b"",
+            "headers": [(name.lower(), value) for name, value in request.headers.raw],
+        }
+        self.sent: list[MutableMapping[str, Any]] = []
+        self.gone = asyncio.Event()
+        self._body: bytes | None = request.read()
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize("path", ["/gallery", "/query", "/embed"])
+def test_who_hangs_up_in_the_queue_leaves_it(
+    embedder: FakeEmbedder, gallery: EmbeddedGallery, path: str
+) -> None:
+    """Its tracklet makes room at once, and never comes to the embedder."""
+    app = create_app(embedder, gallery, Settings(queue=QueueSettings(max_tracklets=1)))
+    parts: Parts = app.state.parts
+
+    async def until(claim: Any) -> None:
+        async with asyncio.timeout(20):
+            while not claim():
+                await asyncio.sleep(0.005)
+
+    async def ask() -> None:
+        embedder.gate.clear()
+        async with app.router.lifespan_context(app):
+            first, second = HangingUp("/embed"), HangingUp(path)
+            running = asyncio.ensure_future(app(first.scope, first.receive, first.send))
+            await until(embedder.entered.is_set)
+            waiting = asyncio.ensure_future(app(second.scope, second.receive, second.send))
+            await until(lambda: parts.worker.count_waiting() == 1)
+
+            second.gone.set()
+            await asyncio.wait_for(waiting, 20)
+
+            assert parts.worker.count_waiting() == 0
+            assert second.sent == []
+            embedder.gate.set()
+            await asyncio.wait_for(running, 20)
+
+    asyncio.run(ask())
+
+    assert embedder.batches == [[3]]
+
+
+def test_who_hangs_up_while_it_is_decoded_is_not_embedded(
+    embedder: FakeEmbedder, gallery: EmbeddedGallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(embedder, gallery, Settings())
+    parts: Parts = app.state.parts
+    decode, begun, go_on = parts.decoders.decode, threading.Event(), threading.Event()
+
+    async def slow(*given: Any, **more: Any) -> Any:
+        begun.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.005)
+        return await decode(*given, **more)
+
+    monkeypatch.setattr(parts.decoders, "decode", slow)
+
+    async def ask() -> None:
+        async with app.router.lifespan_context(app):
+            client = HangingUp("/gallery")
+            asking = asyncio.ensure_future(app(client.scope, client.receive, client.send))
+            while not begun.is_set():
+                await asyncio.sleep(0.005)
+            client.gone.set()
+            await asyncio.wait_for(asking, 20)
+            go_on.set()
+            with parts.uploads.take():  # its place is free
+                assert client.sent == []
+
+    asyncio.run(ask())
+
+    assert embedder.batches == []
+
+
+def test_slots_refuse_one_more_until_one_is_free() -> None:
+    slots = Slots(1, "searches")
+
+    with slots.take():
+        with pytest.raises(OverloadedError, match="fewer than 1 searches at a time"):
+            slots.refuse_when_full()
+        with pytest.raises(OverloadedError), slots.take():
+            pass
+
+    slots.refuse_when_full()
+
+
+def test_an_upload_is_refused_early_while_too_many_searches_wait(
+    start: Start, embedder: FakeEmbedder
+) -> None:
+    client = start(limits=LimitSettings(searches=1))
+    parts: Parts = client.app.state.parts  # type: ignore[attr-defined]
+
+    with parts.searches.take():
+        refused = client.post("/query", files=GOOD)
+
+    assert_problem(refused, 429, "overloaded")
+    assert embedder.batches == []
+    assert client.post("/query", files=GOOD).status_code == 200

@@ -100,6 +100,7 @@ def test_images_of_other_kinds_are_refused(client: TestClient, kind: str) -> Non
 TRUNCATED = {
     "JPEG": encode(noise(), "JPEG"),
     "progressive": encode(noise(), "JPEG", progressive=True),
+    "large": encode(noise(size=(256, 512)), "JPEG"),  # decoded at a smaller scale
     "PNG": encode(noise()),
     "WEBP": encode(noise(), "WEBP", lossless=True),
     "BMP": encode(noise(), "BMP"),

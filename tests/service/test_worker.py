@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from index.embedded import EmbeddedGallery
 from index.gallery import GalleryUnavailableError
+from model.embedder import TrackletEmbedding
 from model.frames import Clip
 from service.app import create_app
 from service.errors import DeadlineExceededError, OverloadedError, WorkerUnavailableError
@@ -83,6 +84,22 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(
         worker.submit(clip(), deadline_s=WAIT_S)
 
     assert 1 <= (refused.value.retry_after_s or 0) <= 60
+
+
+def test_who_would_wait_longer_than_the_deadline_is_refused_at_once(
+    worker: EmbeddingWorker, embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes to a queue that is too long should hear it now, and not at the deadline."""
+    occupy(worker, embedder)
+    monkeypatch.setattr(worker, "_seconds_per_tracklet", 7.0)
+    worker.submit(clip(), deadline_s=WAIT_S)
+    worker.submit(clip(), deadline_s=WAIT_S)
+
+    with pytest.raises(OverloadedError, match="a wait of less than 10 s, got about 14 s") as told:
+        worker.submit(clip(), deadline_s=10)
+
+    assert told.value.retry_after_s == 14
+    worker.submit(clip(), deadline_s=WAIT_S)
 
 
 def test_who_is_cancelled_makes_room(worker: EmbeddingWorker, embedder: FakeEmbedder) -> None:
@@ -459,3 +476,101 @@ def says_unready(worker: EmbeddingWorker) -> bool:
     except WorkerUnavailableError:
         return True
     return False
+
+
+class Overlapping(FakeEmbedder):
+    """A device beside its caller: `begin` returns at once, `result` waits for the gate."""
+
+    overlaps = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.fail_at: str | None = None
+
+    def begin(self, clips: Sequence[Clip], *, with_attention: bool = False) -> "PendingClips":
+        self.events.append(f"begin {len(clips)}")
+        if self.fail_at == "begin" and len(clips) > 1:
+            raise RuntimeError("no room")
+        return PendingClips(self, clips, with_attention)
+
+
+class PendingClips:
+    def __init__(self, embedder: Overlapping, clips: Sequence[Clip], with_attention: bool) -> None:
+        self._embedder, self._clips, self._with_attention = embedder, clips, with_attention
+
+    def result(self) -> list[TrackletEmbedding]:
+        if self._embedder.fail_at == "result" and len(self._clips) > 1:
+            raise RuntimeError("no room")
+        results = self._embedder.embed(self._clips, with_attention=self._with_attention)
+        self._embedder.events.append(f"result {len(self._clips)}")
+        return results
+
+
+@pytest.fixture
+def overlapping() -> Iterator[Overlapping]:
+    made = Overlapping()
+    yield made
+    made.gate.set()
+
+
+@pytest.fixture
+def beside(overlapping: Overlapping) -> Iterator[EmbeddingWorker]:
+    """A running worker of a device that computes beside it."""
+    made = EmbeddingWorker(overlapping, max_frames=6, max_delay_s=0, max_tracklets=9)
+    made.start()
+    yield made
+    overlapping.gate.set()
+    made.close(WAIT_S)
+
+
+def test_the_next_batch_is_begun_while_one_is_computed(
+    beside: EmbeddingWorker, overlapping: Overlapping
+) -> None:
+    occupy(beside, overlapping)
+    waiting = [beside.submit(clip(3, level), deadline_s=WAIT_S) for level in range(10, 60, 10)]
+    overlapping.gate.set()
+
+    results = [future.result(WAIT_S).result.embedding for future in waiting]
+
+    for level, embedding in zip(range(10, 60, 10), results, strict=True):
+        assert np.array_equal(embedding, mean_colours(clip(3, level)))
+    begun = [at for at, event in enumerate(overlapping.events) if event.startswith("begin")]
+    assert overlapping.events[begun[1] :][:3] == ["begin 2", "begin 2", "result 2"]
+
+
+@pytest.mark.parametrize("where", ["begin", "result"])
+def test_a_batch_that_fails_beside_its_caller_is_tried_one_by_one(
+    beside: EmbeddingWorker, overlapping: Overlapping, where: str
+) -> None:
+    overlapping.fail_at = where
+    first = occupy(beside, overlapping)
+    waiting = [beside.submit(clip(3, level), deadline_s=WAIT_S) for level in range(10, 60, 10)]
+    overlapping.gate.set()
+
+    results = [future.result(WAIT_S).result.embedding for future in waiting]
+
+    assert first.exception(WAIT_S) is None
+    for level, embedding in zip(range(10, 60, 10), results, strict=True):
+        assert np.array_equal(embedding, mean_colours(clip(3, level)))
+
+
+def test_a_begun_batch_is_answered_without_waiting_for_another(
+    beside: EmbeddingWorker, overlapping: Overlapping
+) -> None:
+    embedded = beside.submit(clip(3, 50), deadline_s=WAIT_S).result(WAIT_S)
+
+    assert np.array_equal(embedded.result.embedding, mean_colours(clip(3, 50)))
+    assert overlapping.events == ["begin 1", "result 1"]
+
+
+def test_both_batches_hear_of_the_end_of_a_device_that_hangs(
+    beside: EmbeddingWorker, overlapping: Overlapping
+) -> None:
+    futures = [occupy(beside, overlapping), beside.submit(clip(3), deadline_s=WAIT_S)]
+
+    beside.abandon()
+
+    for future in futures:
+        with pytest.raises(WorkerUnavailableError):
+            future.result(WAIT_S)

@@ -1,0 +1,447 @@
+"""Decoding by threads and by processes: the same answers, and what goes wrong hurts one upload."""
+
+import asyncio
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.frames import Preprocessing
+from service import decoding
+from service.decoder_process import READY, pack_hello, pack_request, receive, send_all
+from service.decoding import Decoders
+from service.errors import (
+    DeadlineExceededError,
+    ServiceError,
+    UndecodableFrameError,
+    WorkerUnavailableError,
+)
+from service.limits import PlainLimits
+from service.logs import TextFormatter, request_id
+from service.settings import LimitSettings
+from service.uploads import Decoded, FrameChoice, decode_upload
+from tests.service.making import GREEN, RED, encode, noise, picture, video, zipped
+
+CHOICE = FrameChoice(15, "even", Preprocessing(height=64, width=32))
+LIMITS = LimitSettings()
+GOOD = {"frames": [picture(RED), picture(GREEN)]}
+UPLOADS = {
+    "frames": {"frames": [encode(noise(seed), "JPEG") for seed in range(40)]},
+    "archive": {"archive": [zipped([("2.png", encode(noise(2))), ("1.png", encode(noise(1)))])]},
+    "video": {"video": [video()]},
+}
+
+# A decoder that answers some uploads in another way, by what their first file says.
+BAD_DECODER = """
+import os, signal, sys
+from pathlib import Path
+from service import decoder_process
+from service.uploads import decode_upload
+
+def misbehave(files, choice, limits, **options):
+    said, _, told = files["frames"][0].decode("latin-1").partition(":")
+    if said == "crash" or said == "crash once" and not Path(told).exists():
+        if told:
+            Path(told).touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if said == "hang":
+        signal.pause()
+    if said == "fail":
+        raise KeyError("of all things")
+    if said == "wait":
+        Path(told + ".begun").write_text("")  # a pipe: whoever waits for it goes on
+        Path(told).read_bytes()
+    if said == "lie":
+        frames, length = map(int, told.split())
+        head = decoder_process.ANSWER.pack(decoder_process.DECODED, frames, 1, length, b"")
+        os.write(int(sys.argv[1]), head)
+    return decode_upload({"frames": files["frames"][said in ("crash once", "wait"):]},
+                         choice, limits, **options)
+
+decoder_process.decode_upload = misbehave
+decoder_process.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def decoders() -> Iterator[Decoders]:
+    """Two processes."""
+    started = Decoders(CHOICE, LIMITS, processes=2)
+    started.start()
+    with closing(started):
+        yield started
+
+
+@pytest.fixture
+def bad(monkeypatch: pytest.MonkeyPatch) -> Iterator[Decoders]:
+    """One process that can be told to misbehave."""
+    monkeypatch.setattr(decoding, "PROGRAM", ("-c", BAD_DECODER))
+    started = Decoders(CHOICE, LIMITS, processes=1, limit_s=1.0)
+    started.start()
+    with closing(started):
+        yield started
+
+
+def run(decoders: Decoders, files: dict[str, list[bytes]], **options: Any) -> Decoded:
+    """Decode one upload in a loop of its own."""
+    return asyncio.run(decoders.decode(files, **options))
+
+
+def told(said: str) -> dict[str, list[bytes]]:
+    """An upload for `BAD_DECODER`."""
+    return {"frames": [said.encode(), picture(RED)]}
+
+
+def assert_same(got: Decoded, expected: Decoded) -> None:
+    assert np.array_equal(got.tracklet.clip, expected.tracklet.clip)
+    assert got.tracklet.clip.dtype == np.uint8
+    assert got.tracklet.clip.flags.c_contiguous
+    assert got.tracklet.positions == expected.tracklet.positions
+    assert got.tracklet.received == expected.tracklet.received
+    assert got[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("with_strip", [False, True])
+@pytest.mark.parametrize("kind", UPLOADS)
+def test_a_process_answers_what_a_call_would(
+    decoders: Decoders, kind: str, with_strip: bool
+) -> None:
+    expected = decode_upload(UPLOADS[kind], CHOICE, LIMITS, with_strip=with_strip)
+
+    assert_same(run(decoders, UPLOADS[kind], with_strip=with_strip), expected)
+
+
+def test_a_thread_answers_what_a_call_would() -> None:
+    expected = decode_upload(GOOD, CHOICE, LIMITS, with_strip=True)
+
+    with closing(Decoders(CHOICE, LIMITS, processes=0)) as threads:
+        threads.start()
+        threads.check()
+        assert_same(run(threads, GOOD, with_strip=True), expected)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"frames": [picture()], "video": [b"x"]},
+        {"frames": [picture(), picture(RED, (4, 4))]},
+        {"frames": [b"", picture()]},
+        {"frames": [encode(noise(), "JPEG")[:-200]]},
+        {"archive": [b"no zip"]},
+        {"video": [video()[:-2000]]},
+        {"archive": [zipped((f"{number}.jpg", b"x") for number in range(513))]},
+    ],
+    ids=["none", "two", "tiny", "empty", "cut", "no-zip", "cut-video", "many"],
+)
+def test_a_refusal_comes_back_as_it_was(decoders: Decoders, files: dict[str, list[bytes]]) -> None:
+    pids = decoders.pids
+    with pytest.raises(ServiceError) as expected:
+        decode_upload(files, CHOICE, PlainLimits.of(LIMITS))
+
+    with pytest.raises(type(expected.value)) as got:
+        run(decoders, files)
+
+    assert str(got.value) == str(expected.value)
+    assert getattr(got.value, "pointer", None) == getattr(expected.value, "pointer", None)
+    assert decoders.pids == pids
+
+
+def test_more_files_than_one_call_can_hand_over_arrive(decoders: Decoders) -> None:
+    """The kernel takes 1,024 buffers at a time."""
+    files = {"frames": [picture(RED, (8, 8))] * 1500}
+
+    assert run(decoders, files).tracklet.received == 1500
+
+
+def test_files_and_a_clip_larger_than_a_socket_holds_arrive() -> None:
+    choice = FrameChoice(15, "all", Preprocessing(height=256, width=128))
+    files = {"frames": [encode(noise(1, (256, 512)), "BMP")] * 20}
+
+    with closing(Decoders(choice, LIMITS, processes=1)) as decoders:
+        decoders.start()
+        decoded = run(decoders, files)
+
+    assert_same(decoded, decode_upload(files, choice, LIMITS))
+
+
+def test_several_uploads_are_decoded_at_a_time_and_none_is_mixed_up(decoders: Decoders) -> None:
+    uploads = [{"frames": [encode(noise(seed), "JPEG")] * (1 + seed)} for seed in range(12)]
+
+    async def all_at_once() -> list[Decoded]:
+        return await asyncio.gather(*map(decoders.decode, uploads))
+
+    for got, files in zip(asyncio.run(all_at_once()), uploads, strict=True):
+        assert_same(got, decode_upload(files, CHOICE, LIMITS))
+
+
+def test_a_decoder_imports_no_network_and_no_framework() -> None:
+    """Or it would take seconds to start, and hundreds of megabytes."""
+    code = "import sys; from service import decoder_process; print(*sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    heavy = {"torch", "torchvision", "fastapi", "starlette", "pydantic", "faiss", "av", "openvino"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_a_decoder_holds_nothing_but_its_socket(
+    bad: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No listening socket, no file of the gallery, no key."""
+    monkeypatch.setenv("PASSERBY_API_KEYS", "secret")
+    end(bad.pids[0])
+    run(bad, GOOD)
+    [pid] = bad.pids
+
+    opened = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+
+    assert sorted(one.partition(":")[0] for one in opened) == 3 * ["/dev/null"] + ["socket"]
+    assert b"PASSERBY" not in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_a_decoder_leaves_signals_to_its_parent(decoders: Decoders) -> None:
+    """A Ctrl-C or a stopping service must not take what is at work with it."""
+    pids = decoders.pids
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for pid in pids:
+            os.kill(pid, number)
+
+    run(decoders, GOOD)
+
+    assert decoders.pids == pids
+
+
+def test_an_upload_that_kills_decoders_is_refused_alone(
+    bad: Decoders, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.handler.setFormatter(TextFormatter())
+    before = bad.pids
+
+    async def decode() -> None:
+        request_id.set("mine")
+        await bad.decode(told("crash"))
+
+    with pytest.raises(UndecodableFrameError, match="no decoder survived"):
+        asyncio.run(decode())
+
+    assert_same(run(bad, GOOD), decode_upload(GOOD, CHOICE, LIMITS))
+    assert bad.pids != before
+    lines = caplog.text.splitlines()
+    assert len(lines) == decoding.ATTEMPTS
+    assert all("reason=SIGSEGV" in line and "request_id=mine" in line for line in lines)
+
+
+def test_a_decoder_that_dies_once_is_replaced_and_asked_again(
+    bad: Decoders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may have been killed for memory that something else took."""
+    decoded = run(bad, told(f"crash once:{tmp_path / 'mark'}"))
+
+    assert_same(decoded, decode_upload({"frames": [picture(RED)]}, CHOICE, LIMITS))
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("frames", "length"),
+    [(0, 0), (2**32 - 1, (2**32 - 1) * (64 * 32 * 3 + 4)), (1, 2**50)],
+    ids=["no frame", "frames", "bytes"],
+)
+def test_a_decoder_that_answers_nonsense_is_replaced(
+    bad: Decoders, frames: int, length: int
+) -> None:
+    before = bad.pids
+
+    with pytest.raises(UndecodableFrameError):
+        run(bad, told(f"lie:{frames} {length}"))
+
+    assert_same(run(bad, GOOD), decode_upload(GOOD, CHOICE, LIMITS))
+    assert bad.pids != before
+
+
+def test_a_decoder_that_takes_too_long_is_replaced(bad: Decoders) -> None:
+    before = bad.pids
+
+    with pytest.raises(DeadlineExceededError, match="within 1 s"):
+        run(bad, told("hang"))
+
+    assert_same(run(bad, GOOD), decode_upload(GOOD, CHOICE, LIMITS))
+    assert bad.pids != before
+
+
+def test_an_error_that_no_upload_explains_comes_back_with_its_trace(bad: Decoders) -> None:
+    before = bad.pids
+
+    with pytest.raises(RuntimeError, match=r"in misbehave(.|\n)*of all things"):
+        run(bad, told("fail"))
+
+    run(bad, GOOD)
+    assert bad.pids == before
+
+
+def test_cancelled_decodes_are_dropped_or_end_unheard(bad: Decoders, tmp_path: Path) -> None:
+    gate, begun, mark = tmp_path / "gate", tmp_path / "gate.begun", tmp_path / "mark"
+    os.mkfifo(gate)
+    os.mkfifo(begun)
+    before = bad.pids
+
+    async def hang_up() -> Decoded:
+        at_work = asyncio.create_task(bad.decode(told(f"wait:{gate}")))
+        await asyncio.to_thread(begun.read_bytes)
+        waiting = asyncio.create_task(bad.decode(told(f"crash once:{mark}")))
+        await asyncio.sleep(0)  # it has been queued
+        for task in (at_work, waiting):
+            task.cancel()
+        await asyncio.wait([at_work, waiting])
+        assert at_work.cancelled()
+        assert waiting.cancelled()
+        await asyncio.to_thread(gate.write_bytes, b"")
+        return await bad.decode(GOOD)
+
+    assert_same(asyncio.run(hang_up()), decode_upload(GOOD, CHOICE, LIMITS))
+    assert not mark.exists()
+    assert bad.pids == before
+
+
+def test_closing_ends_what_is_at_work_and_fails_what_waits(
+    bad: Decoders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, begun = tmp_path / "gate", tmp_path / "gate.begun"
+    os.mkfifo(begun)
+    os.mkfifo(gate)
+    [pid] = bad.pids
+
+    async def close() -> list[Any]:
+        tasks = [asyncio.create_task(bad.decode(told(f"wait:{gate}")))]
+        await asyncio.to_thread(begun.read_bytes)
+        tasks += [asyncio.create_task(bad.decode(GOOD)) for _ in range(3)]
+        await asyncio.sleep(0)  # they have been queued
+        await asyncio.to_thread(bad.close)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [type(one) for one in asyncio.run(close())] == 4 * [WorkerUnavailableError]
+    assert not caplog.records  # that it died is no news
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(WorkerUnavailableError, match="not running"):
+        run(bad, GOOD)
+    with pytest.raises(WorkerUnavailableError, match="not running"):
+        bad.check()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_decoders_that_were_not_started_say_so(processes: int) -> None:
+    decoders = Decoders(CHOICE, LIMITS, processes=processes)
+
+    with pytest.raises(WorkerUnavailableError, match="not running"):
+        decoders.check()
+    with pytest.raises(WorkerUnavailableError, match="not running"):
+        run(decoders, GOOD)
+
+    decoders.close()
+
+
+def test_a_decoder_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PROGRAM", ("-c", "raise SystemExit(3)"))
+    decoders = Decoders(CHOICE, LIMITS, processes=2)
+
+    with pytest.raises(WorkerUnavailableError, match="cannot be started: exit status 3"):
+        decoders.start()
+
+    assert decoders.pids == []
+    with pytest.raises(WorkerUnavailableError, match="not running"):
+        decoders.check()
+
+
+def test_the_check_replaces_a_dead_decoder_or_says_that_it_cannot(
+    bad: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad.check()
+    with monkeypatch.context() as broken:
+        broken.setattr(decoding, "PROGRAM", ("-c", "raise SystemExit(3)"))
+        end(bad.pids[0])
+
+        with pytest.raises(WorkerUnavailableError, match="exit status 3"):
+            bad.check()
+        with pytest.raises(WorkerUnavailableError, match="exit status 3"):
+            run(bad, GOOD)
+
+    bad.check()
+
+    assert len(bad.pids) == 1
+    run(bad, GOOD)
+
+
+def end(pid: int) -> None:
+    """Kill a process and wait until it is dead, which is not yet buried."""
+    handle = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert has_ended(handle)
+    os.close(handle)
+
+
+def has_ended(handle: int) -> bool:
+    """Wait for the end of a process."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(20_000))
+
+
+def test_no_decoder_outlives_its_parent() -> None:
+    code = """
+import sys
+from model.frames import Preprocessing
+from service.decoding import Decoders
+from service.limits import PlainLimits
+from service.uploads import FrameChoice
+choice = FrameChoice(1, "even", Preprocessing())
+decoders = Decoders(choice, PlainLimits(1, 1, 1, 1, 1), processes=2)
+decoders.start()
+print(*decoders.pids, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        handles = [os.pidfd_open(int(pid)) for pid in parent.stdout.readline().split()]
+
+        parent.kill()
+
+        assert len(handles) == 2
+        assert all(has_ended(handle) for handle in handles)
+        for handle in handles:
+            os.close(handle)
+
+
+def test_a_decoder_that_is_stuck_when_its_parent_has_gone_ends_itself() -> None:
+    program = BAD_DECODER.replace("decoder_process.main()", "decoder_process.ORPHAN_S = 0.1\n"
+                                  "decoder_process.main()")  # fmt: skip
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        theirs,
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        ) as process,
+    ):
+        theirs.close()
+        send_all(ours, [pack_hello(CHOICE, PlainLimits.of(LIMITS))])
+        assert receive(ours, 1) == READY
+
+        send_all(ours, pack_request(told("hang"), with_strip=False))
+        ours.close()
+
+        try:
+            assert process.wait(20) == -signal.SIGALRM
+        finally:
+            process.kill()
