@@ -53,7 +53,6 @@ from service.uploads import FrameChoice, decode
 
 PARTS = ("bare", "free", "single")
 SIZES = ((64, 128), (256, 512))  # width and height of a frame, pixels
-BATCH_TRACKLETS = 4  # what the service's worker takes at once of 15 frames each, on a CPU
 PROFILE_TIMES = 3  # as long as a round: a sample is a coarse thing
 _PAUSE_S = 0.5  # in which threads that wait actively fall asleep
 
@@ -132,8 +131,8 @@ def service_over_bare(
     clips = [read_clip(one.frames, embedder.preprocessing) for one in uploads.tracklets]
     embedder.warm_up()
     bare, served = [], []
-    embed_bare(embedder, clips[:BATCH_TRACKLETS])
-    loads.closed("embed", clients=arguments.clients, requests=BATCH_TRACKLETS)
+    embed_bare(embedder, clips[:4])
+    loads.closed("embed", clients=arguments.clients, requests=4)
     send = partial(loads.closed, "embed", clients=arguments.clients, requests=len(clips))
     for _ in range(arguments.rounds):
         time.sleep(_PAUSE_S)
@@ -147,8 +146,9 @@ def service_over_bare(
 def embed_bare(embedder: Embedder, clips: Sequence[Clip]) -> Round:
     """Embed all clips, as many in a call as the service's worker takes."""
     started, cpu = time.perf_counter(), time.process_time()
-    for first in range(0, len(clips), BATCH_TRACKLETS):
-        embedder.embed(clips[first : first + BATCH_TRACKLETS])
+    at_once = max(1, embedder.max_frames // len(clips[0]))
+    for first in range(0, len(clips), at_once):
+        embedder.embed(clips[first : first + at_once])
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return Round(len(clips) / seconds, cpu / len(clips))
 

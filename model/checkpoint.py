@@ -24,6 +24,7 @@ from model.errors import CheckpointError
 from model.files import reason, written_aside
 from model.frames import Preprocessing
 from model.network import NetworkConfig, TrackletNet
+from model.quantised import QuantisedBackbone
 
 FORMAT = "passerby-checkpoint-1"
 IMAGENET = "IMAGENET1K_V1"
@@ -231,6 +232,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     with torch.device("meta"):  # no time spent on random weights that are replaced at once
         network = TrackletNet(config)
+        if "backbone.scales" in state:  # of `model.quantisation`
+            network.set_submodule("backbone", QuantisedBackbone(config.backbone))
     _check_state(state, network.state_dict(), what="the weights of a TrackletNet")
     name = fingerprint(state, config, preprocessing)
     if name != header.get("fingerprint"):

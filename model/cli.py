@@ -94,6 +94,40 @@ def export(
     )
 
 
+@app.command()
+def quantise(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint to round, or bundled.")],
+    output: Annotated[Path, typer.Option(help="8-bit checkpoint to write.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of tracklets to calibrate on and to compare with; drawn people without "
+            "it.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the frames that are looked at.")] = 0,
+) -> None:
+    """Make an 8-bit checkpoint for a CPU; it is another model, and kept only if it holds."""
+    from model.quantisation import quantise_file  # it imports what no other command needs
+
+    loaded = load_checkpoint(find_checkpoint(checkpoint))
+    with _console.status("rounding and comparing"):
+        saved, agreement = quantise_file(loaded, output, data=data, seed=seed)
+    found = ""
+    if agreement.rank_1 is not None:
+        found = (
+            f"; rank-1 {agreement.rank_1:.1%} (before {agreement.rank_1_before:.1%}), mAP "
+            f"{agreement.mean_average_precision:.1%} (before "
+            f"{agreement.mean_average_precision_before:.1%}) of {agreement.queries} queries"
+        )
+    _console.print(
+        f"wrote {output}: model {saved.fingerprint} of {loaded.fingerprint}; embeddings differ by "
+        f"{agreement.error:.1%}, at most {agreement.largest_error:.1%}{found}",
+        soft_wrap=True,
+    )
+
+
 @app.command("check-data")
 def check_data(
     data: Annotated[Path, typer.Argument(help="Folder of a data set.")],

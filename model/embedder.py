@@ -20,6 +20,7 @@ from model.errors import DeviceError, InvalidFramesError
 from model.frames import Clip
 from model.network import TrackletNet
 from model.openvino_runtime import OpenVinoRuntime, build_graph
+from model.quantised import QuantisedBackbone
 from model.runtimes import DTYPES as DTYPES  # others look for it here
 from model.runtimes import (
     Collect,
@@ -164,8 +165,13 @@ class Embedder:
         threads: int | None = None,
     ) -> None:
         self.device = choose_device(device)
+        self._is_quantised = isinstance(checkpoint.network.backbone, QuantisedBackbone)
+        if self._is_quantised:
+            precision = _precision_around_8_bits(precision, self.device)
         self.precision = choose_precision(precision, self.device)
         self.runtime = choose_runtime(runtime, self.device, self.precision)
+        if self._is_quantised and self.runtime == "torch":
+            log.warning("PyTorch computes 8-bit weights in float32; OpenVINO makes them fast")
         self.model = checkpoint.fingerprint
         self.preprocessing = checkpoint.preprocessing
         self.dim = checkpoint.network.dim
@@ -198,7 +204,9 @@ class Embedder:
     def _make_runtime(self, original: TrackletNet) -> FrameRuntime:
         network, preprocessing = self._network, self.preprocessing
         if self.runtime == "openvino":
-            graph = build_graph(original, preprocessing)
+            backbone = original.backbone
+            add = backbone.add_to_graph if isinstance(backbone, QuantisedBackbone) else None
+            graph = build_graph(original, preprocessing, add)
             return OpenVinoRuntime(network, graph, self.precision, threads=self.threads)
         kind = CudaRuntime if self.device.type == "cuda" else TorchRuntime
         return kind(network, preprocessing, self.device, self.precision)
@@ -212,7 +220,7 @@ class Embedder:
             "preprocessing": asdict(self.preprocessing),
             "provenance": without_people(self._provenance),
             "device": str(self.device),
-            "precision": self.precision,
+            "precision": "int8" if self._is_quantised else self.precision,
             "runtime": self.runtime,
         }
 
@@ -320,6 +328,19 @@ class Embedder:
             TrackletEmbedding(embedding.numpy(), None if one is None else one.numpy())
             for embedding, one in zip(embeddings, maps, strict=True)
         ]
+
+
+def _precision_around_8_bits(precision: Precision, device: torch.device) -> Precision:
+    """Of what is not in 8 bits.
+
+    Raises:
+        DeviceError: Another one was asked for, or the device is not a CPU.
+    """
+    if precision not in ("auto", "fp32"):
+        raise DeviceError(f"expected precision auto or fp32 around 8-bit weights, got {precision}")
+    if device.type != "cpu":
+        raise DeviceError(f"expected a CPU for 8-bit weights, got {device}")
+    return "fp32"
 
 
 def _set_threads(threads: int | None) -> int:

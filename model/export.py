@@ -23,6 +23,7 @@ from model.errors import ExportError
 from model.files import reason, written_aside
 from model.frames import Preprocessing
 from model.network import TrackletNet
+from model.quantised import QuantisedBackbone
 
 ExportFormat = Literal["onnx", "torch"]
 FORMAT = "passerby-export-1"
@@ -131,6 +132,8 @@ def export_checkpoint(
             the file does not embed as the network does, or it cannot be written.
     """
     file_format = choose_format(path, file_format)
+    if isinstance(checkpoint.network.backbone, QuantisedBackbone):
+        raise ExportError("expected a checkpoint in float to export, got one in 8 bits")
     _require_runtime(file_format)
     write = _write_onnx if file_format == "onnx" else _write_torch
     load = _load_onnx if file_format == "onnx" else _load_torch

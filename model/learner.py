@@ -18,6 +18,7 @@ from model.errors import CheckpointError
 from model.frames import normalise
 from model.losses import focal_sigmoid_bias
 from model.network import Encoded, NetworkConfig, TrackletNet
+from model.quantised import QuantisedBackbone
 from model.recipe import RANDOM_START, Recipe
 
 CLASSIFIER_STD = 1e-3  # small logits at first: every identity as likely as every other
@@ -128,6 +129,8 @@ def _adopt(given: TrackletNet, config: NetworkConfig, path: Path) -> TrackletNet
             f"start: expected a checkpoint of a {config.backbone} network, "
             f"got {path} of a {given.config.backbone} network"
         )
+    if isinstance(given.backbone, QuantisedBackbone):
+        raise CheckpointError(f"start: expected weights in float, got {path} in 8 bits")
     network = TrackletNet(config)
     network.backbone.load_state_dict(given.backbone.state_dict())
     if config.head and config.head == given.config.head:

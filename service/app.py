@@ -29,8 +29,7 @@ from service.uploads import FrameChoice
 from service.worker import Embedder, EmbeddingWorker
 
 log = logging.getLogger(__name__)
-# Frames in one batch, where the settings do not say: on a CPU four tracklets; a device that takes
-# more at once says so itself.
+# Frames in one batch, where neither the settings nor the embedder say.
 BATCH_FRAMES = 64
 _DESCRIPTION = """Finds a person again: enrol tracklets (the frames of one person seen by one
 camera), then
@@ -105,7 +104,8 @@ def make_decoders(embedder: Embedder, settings: Settings, *, processes: int) -> 
 
 
 def _batch_frames(embedder: Embedder) -> int:
-    return max(BATCH_FRAMES, getattr(embedder, "max_frames", BATCH_FRAMES))
+    frames: int = getattr(embedder, "max_frames", BATCH_FRAMES)
+    return frames
 
 
 @asynccontextmanager

@@ -225,11 +225,13 @@ async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
     """
     working = asyncio.ensure_future(work)
     hanging_up = asyncio.ensure_future(_hang_up(request))
+    hanging_up.add_done_callback(lambda _: working.cancel())
     try:
-        await asyncio.wait((working, hanging_up), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await working
+    except asyncio.CancelledError:
+        if hanging_up.done():
+            raise ClientDisconnect from None
+        raise  # whoever awaits this was cancelled
     finally:
         working.cancel()
         hanging_up.cancel()

@@ -29,8 +29,8 @@ class BatchSettings(_Group):
     max_frames: int | None = Field(
         None,
         ge=1,
-        description="Frames in one batch at most; without a number what suits the device: 64 on a "
-        "CPU, 512 on a GPU.",
+        description="Frames in one batch at most; without a number as many as the device takes at "
+        "once: 32 or 16 on a CPU, 512 on a GPU.",
     )
     max_delay_ms: float = Field(
         2.0, ge=0, le=1000, description="How long a batch waits for company, milliseconds."

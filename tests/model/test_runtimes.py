@@ -733,6 +733,33 @@ def test_nothing_is_recorded_or_compiled_in_service(
 
 @pytest.mark.gpu
 @needs_gpu
+def test_a_gpu_without_room_goes_on_with_fewer_frames(
+    deep: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real allocator refuses: half as many frames at once, and the same embeddings."""
+    size = Preprocessing(256, 128)
+    embedder = Embedder(make_checkpoint(deep.network, size), device="cuda", precision="bf16")
+    clips = [np.tile(clip(15, seed), (1, 4, 4, 1)) for seed in range(3)]
+    right = Embedder(make_checkpoint(deep.network, size), device="cpu", precision="fp32")
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 1.2e9
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        with caplog.at_level(logging.WARNING):
+            embedder.warm_up()
+            got = embedder.embed(clips)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert 16 <= embedder.max_frames < 512
+    assert "has no memory for 512 frames at once, going on with 256" in caplog.text
+    for one, expected in zip(got, right.embed(clips), strict=True):
+        assert relative(one.embedding, expected.embedding) < 2e-2
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_two_warm_models_on_one_gpu_embed_as_each_does_alone(deep: Checkpoint) -> None:
     embedders = [Embedder(one, device="cuda", precision="bf16") for one in (deep, make(head=24))]
     with ThreadPoolExecutor(2) as threads:  # also warmed up at the same time

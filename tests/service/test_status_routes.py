@@ -4,6 +4,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from index.embedded import EmbeddedGallery
+from index.gallery import StorageFullError
 from tests.service.conftest import FakeEmbedder, Start, assert_problem, enrol
 from tests.service.making import GOOD
 
@@ -120,6 +121,22 @@ def test_a_closed_gallery_is_not_ready(client: TestClient, gallery: EmbeddedGall
     assert "store" in detail
     assert "worker" not in detail
     assert client.get("/livez").status_code == 200
+
+
+def test_a_full_disk_is_named_and_the_service_is_ready_again_once_there_is_room(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise StorageFullError("cannot write the gallery: the disk is full")
+
+    client.post("/embed", files=GOOD)
+    with monkeypatch.context() as full:
+        full.setattr(client.app.state.readiness._asked["store"], "_check", fail)  # type: ignore[attr-defined]
+        detail = assert_problem(client.get("/readyz"), 503, "not-ready")["detail"]
+        assert client.post("/query", files=GOOD).status_code == 200
+
+    assert detail == "store: cannot write the gallery: the disk is full"
+    assert client.get("/readyz").status_code == 200
 
 
 @pytest.mark.parametrize(
