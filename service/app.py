@@ -119,7 +119,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         await run_in_threadpool(parts.worker.close, parts.seconds_left())
         await run_in_threadpool(parts.decoders.close)
-        parts.searchers.shutdown(cancel_futures=True)
+        parts.searchers.shutdown(wait=False, cancel_futures=True)
         app.state.readiness.close()
         await run_in_threadpool(parts.gallery.close)
         log.info("stopped")

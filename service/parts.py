@@ -183,8 +183,9 @@ class Upload:
     timing: Timing
 
 
-def get_parts(request: Request) -> Parts:
+async def get_parts(request: Request) -> Parts:
     """The parts of the app that a request came to."""
+    # Not a plain function: FastAPI would ask it in a thread, and wait for one behind slow writes.
     parts: Parts = request.app.state.parts
     return parts
 

@@ -40,6 +40,8 @@ WATCH_S = 0.5
 ABANDONED_GRACE_S = 3.0
 # Whole seconds for answers on their way when everything else is over.
 CLOSING_S = 2
+# Seconds after the grace in which everything has to be closed.
+LAST_S = 8.0
 
 
 def choose_checkpoint(weights: str) -> Checkpoint:
@@ -98,6 +100,9 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)  # as if the signal had ended it; what was acknowledged is stored
         log.info("stopping", extra={"signal": name})
         self._parts.begin_stopping()
+        last = threading.Timer(self._parts.seconds_left() + LAST_S, _end_anyway)
+        last.daemon = True
+        last.start()
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to close: after a signal, once all is answered or the grace is over."""
@@ -111,6 +116,13 @@ class _Server(uvicorn.Server):
             self._parts.worker.abandon()
             return True
         return not self.server_state.tasks
+
+
+def _end_anyway() -> None:
+    """End a process that does not come to its end: a write may wait for a disk that hangs."""
+    log.warning("ending, although something does not end; what was acknowledged is stored")
+    flush_logs()
+    os._exit(0)
 
 
 def _bounded(limit: int, metrics: Metrics) -> type[asyncio.Protocol]:

@@ -151,6 +151,7 @@ class EmbeddingWorker:
         self._warm = False
         self._failures = 0  # in a row
         self._canary_failed_since: float | None = None
+        self._canary_due = math.inf  # while tracklets fail, however many come
         self._overdue_at: float | None = None  # of the batch at hand
         self._held: list[_Job] = []  # by the thread, no longer in the queue
         self._died = False
@@ -278,8 +279,10 @@ class EmbeddingWorker:
             started = time.monotonic()
             self._overdue_at = started + WARM_UP_S
             self._embedder.warm_up()
+            started = time.monotonic()
+            self._embedder.warm_up()  # again: what happens only once says nothing of a batch
             self._overdue_at = None
-            self._seconds_per_frame = time.monotonic() - started  # far too long, until one is timed
+            self._seconds_per_frame = time.monotonic() - started
             self._warm = True
             self._work()
         except BaseException:
@@ -327,6 +330,7 @@ class EmbeddingWorker:
         And where tracklets failed, it alone tells whether they or the device were bad, because a
         service whose probe is red is asked no more.
         """
+        self._canary_due = time.monotonic() + CANARY_FAILED_S
         try:
             self._embedder.warm_up()
         except Exception:
@@ -336,6 +340,9 @@ class EmbeddingWorker:
             return
         self._failures, self._canary_failed_since = 0, None
 
+    def _is_failing(self) -> bool:
+        return self._failures >= FAILURES_UNTIL_UNREADY or self._canary_failed_since is not None
+
     def _next_batch(self, *, wait: bool) -> list[_Job] | None:
         """What is to be embedded next; an empty batch is a canary's turn, None the end.
 
@@ -343,9 +350,9 @@ class EmbeddingWorker:
             wait: For work, and for company; else what is there, which may be an empty batch.
         """
         batch: list[_Job] = []
-        is_failing = self._failures >= FAILURES_UNTIL_UNREADY
-        is_failing |= self._canary_failed_since is not None
-        canary_at = time.monotonic() + (CANARY_FAILED_S if is_failing else CANARY_S)
+        if wait and self._is_failing() and time.monotonic() >= self._canary_due:
+            return batch  # steady traffic must not keep off what tells whether it is the device
+        canary_at = time.monotonic() + (CANARY_FAILED_S if self._is_failing() else CANARY_S)
         frames = 0
         full_at = math.inf
         with self._changed:
@@ -425,6 +432,8 @@ class EmbeddingWorker:
         failure = WorkerUnavailableError("the tracklet could not be embedded; the log says why")
         failure.__cause__ = error
         self._failures += 1
+        if self._failures == FAILURES_UNTIL_UNREADY:
+            self._canary_due = time.monotonic() + CANARY_FAILED_S
         _answer(batch[0], failure)
 
     def _deliver(self, batch: list[_Job], results: list[TrackletEmbedding], started: float) -> None:

@@ -20,6 +20,7 @@ SERVE = """
 import sys, time
 from pathlib import Path
 from index.embedded import EmbeddedGallery
+from index.store import Transaction
 from service import decoding, server, worker
 from service.logs import configure_logging
 from service.settings import Settings
@@ -45,6 +46,7 @@ def told():
 FakeEmbedder.embed = held("embed", FakeEmbedder.embed)
 EmbeddedGallery.search = held("search", EmbeddedGallery.search)
 EmbeddedGallery.add = held("store", EmbeddedGallery.add)
+Transaction.commit = held("commit", Transaction.commit)
 EmbeddedGallery.check = held("check", EmbeddedGallery.check)
 decoding.Decoders._decode_by_child = held("decode", decoding.Decoders._decode_by_child)
 settings = Settings.load()

@@ -98,3 +98,14 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         assert service.process.wait(5) == 128 + signal.SIGTERM
         assert isinstance(enrolling.exception(WAIT_S), httpx.TransportError)
     assert "ending at once" in service.log()
+
+
+def test_a_write_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    with serving(tmp_path, {"SHUTDOWN_GRACE_S": "0.5"}) as service, ThreadPoolExecutor(1) as pool:
+        service.hold("commit")
+        pool.submit(post, service)
+        assert eventually(service.entered)
+        service.send()
+
+        assert service.process.wait(WAIT_S) == 0
+    assert "although something does not end" in service.log()

@@ -574,3 +574,48 @@ def test_both_batches_hear_of_the_end_of_a_device_that_hangs(
     for future in futures:
         with pytest.raises(WorkerUnavailableError):
             future.result(WAIT_S)
+
+
+def test_steady_traffic_does_not_hide_a_device_that_fails(
+    embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grey frame is embedded between failing tracklets, too: so the end comes."""
+    monkeypatch.setattr("service.worker.CANARY_FAILED_S", 0.05)
+    monkeypatch.setattr("service.worker.LOST_S", 0.0)
+    worker = EmbeddingWorker(embedder, max_frames=3, max_delay_s=0, max_tracklets=4)
+    worker.start()
+    assert eventually(lambda: not says_unready(worker))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is poisoned")
+
+    monkeypatch.setattr(embedder, "warm_up", fail)
+    embedder.refuse = fail
+
+    def ask_on() -> bool:
+        assert worker.submit(clip(), deadline_s=WAIT_S).exception(WAIT_S) is not None
+        return worker.lost() is not None
+
+    end = time.monotonic() + WAIT_S
+    while not ask_on() and time.monotonic() < end:
+        pass
+    assert worker.lost() is not None
+    worker.close(WAIT_S)
+
+
+def test_the_first_batches_are_not_given_the_time_of_the_warm_up(embedder: FakeEmbedder) -> None:
+    """What a device does once takes long, and a batch that hangs must show within seconds."""
+    begun: list[float] = []
+
+    def warm_up() -> None:
+        if not begun:
+            time.sleep(0.5)
+        begun.append(time.monotonic())
+
+    embedder.warm_up = warm_up  # type: ignore[method-assign]
+    worker = EmbeddingWorker(embedder, max_frames=10, max_delay_s=0, max_tracklets=4)
+    worker.start()
+    assert eventually(lambda: not says_unready(worker))
+
+    assert worker._seconds_per_frame < 0.1
+    worker.close(WAIT_S)
