@@ -156,12 +156,10 @@ class Timing:
     search: float = 0.0
 
     def body(self) -> dict[str, float]:
-        """As an answer shows it, and the request's line in the log."""
+        """As an answer shows it."""
         total = (time.perf_counter() - self.started) * 1000
         stages = {name: getattr(self, name) for name in ("decode", "queue", "embed", "search")}
-        rounded = {name: round(value, 3) for name, value in {**stages, "total": total}.items()}
-        note(**{f"{name}_ms": value for name, value in rounded.items()})
-        return rounded
+        return {name: round(value, 3) for name, value in {**stages, "total": total}.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +332,7 @@ async def search(
         found = await loop.run_in_executor(parts.searchers, copy_context().run, work)
         seconds = time.perf_counter() - started
     upload.timing.search = seconds * 1000
+    note(search_ms=round(upload.timing.search, 3))
     parts.metrics.observe_search(seconds)
     return found
 

@@ -56,7 +56,6 @@ async def enrol(
         response.status_code = 201 if created else 200
     else:
         response.status_code = 200
-    upload.timing.body()
     response.headers["Location"] = f"/gallery/{record.tracklet_id}"
     return RecordBody.of(record)
 
