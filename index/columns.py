@@ -88,6 +88,21 @@ class Columns:
             raise KeyError(key)
         return slot
 
+    def living(self, keys: Sequence[int]) -> Rows:
+        """Where the rows with keys are, (n,) int64, in their order.
+
+        Raises:
+            KeyError: One of them is not there.
+        """
+        wanted = np.array(keys, dtype=np.int64)
+        slots: Rows = np.searchsorted(self.keys, wanted)
+        if (slots == self._used).any():
+            raise KeyError("expected keys of rows, got one beyond the last")
+        rows = self._rows[slots]
+        if not (rows["alive"] & (rows["key"] == wanted)).all():
+            raise KeyError("expected keys of rows, got one that no row has")
+        return slots
+
     def slots(self, keys: Sequence[int]) -> Rows:
         """Where rows with keys are, (n,) int64; keys that no row has are left out."""
         found: Rows = np.searchsorted(self.keys, np.array(keys, dtype=np.int64))
@@ -103,10 +118,23 @@ class Columns:
         row["camera"] = _code(self._cameras, camera)
         row["start"] = _NO_TIME if start_time is None else start_time
 
-    def bury(self, slot: int) -> None:
-        """Take a row away; its slot stays, dead."""
-        self._rows[slot]["alive"] = False
-        self._alive -= 1
+    def name(self, slots: Rows, identity: str | None) -> None:
+        """Replace whom rows show.
+
+        Args:
+            slots: (n,) int64.
+            identity: Who it is, or None.
+        """
+        self._rows["identity"][slots] = _code(self._identities, identity)
+
+    def bury(self, slots: Rows) -> None:
+        """Take rows away; their slots stay, dead.
+
+        Args:
+            slots: (n,) int64, each once.
+        """
+        self._rows["alive"][slots] = False
+        self._alive -= len(slots)
 
     def compact(self) -> None:
         """Close the gaps that dead slots leave; the others move up in order."""

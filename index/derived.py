@@ -110,12 +110,18 @@ class Derived:
         slot, start = self.columns.slot(key), to_microseconds(record.start_time)
         self.columns.update(slot, record.identity, record.camera, start)
 
-    def remove(self, key: int) -> None:
-        """Take a row away."""
+    def name(self, keys: Sequence[int], identity: str | None) -> None:
+        """Replace whom rows show."""
         self._forget()
-        slot = self.columns.slot(key)
-        self.columns.bury(slot)
-        self.vectors.remove(slot)
+        self.columns.name(self.columns.living(keys), identity)
+
+    def remove(self, keys: Sequence[int]) -> None:
+        """Take rows away, each once."""
+        self._forget()
+        slots = self.columns.living(keys)
+        self.columns.bury(slots)
+        for slot in slots.tolist():
+            self.vectors.remove(slot)
 
     @property
     def is_sparse(self) -> bool:

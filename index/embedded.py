@@ -1,13 +1,12 @@
 """The default gallery: everything in one directory and one process."""
 
-import base64
-import binascii
 import logging
-import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -15,35 +14,46 @@ from typing import Any, Self
 
 import numpy as np
 
+from index import cursors
+from index.calibration import Calibration
 from index.derived import Derived, OutOfStepError, Search
+from index.erasures import Erasures
 from index.gallery import (
     Counts,
+    DuplicateIdentityError,
     DuplicateTrackletError,
     Embeddings,
     Enrolment,
+    Erased,
     Filters,
     GalleryError,
     GalleryUnavailableError,
     GroupBy,
-    InvalidCursorError,
+    IdentityPage,
+    IdentitySummary,
     InvalidEmbeddingError,
     ModelMismatchError,
+    NotFoundError,
     Page,
     SearchResult,
     TrackletRecord,
 )
 from index.locks import ReadWriteLock
-from index.rows import Stored
+from index.rows import Stored, to_microseconds
 from index.schema import damage_told
-from index.store import Chunk, Store
+from index.store import Chunk, Store, Transaction
 from index.vectors import IndexPlan, processors
 
 _log = logging.getLogger(__name__)
-_CHANGEABLE = frozenset({"identity", "camera", "start_time", "end_time", "metadata"})
+_CHANGEABLE = frozenset({"identity", "camera", "start_time", "end_time", "metadata", "expires_at"})
 # Beyond this length the square of a distance may overflow float32: (2 * 2^62)^2 = 2^126.
 _GREATEST_NORM = 2.0**62
 _UPKEEP_PAUSE_WRITES = 1000
-_CURSOR = re.compile(r"after-1:([1-9][0-9]{0,17})")
+# So many are erased at a time when theirs is over, and then others get their turn: a lock that is
+# taken again at once is rarely seen free by those who wait for it.
+_EXPIRED_AT_ONCE = 500
+_TURN_S = 0.001
+_LONG_AGO = to_microseconds(datetime.min.replace(tzinfo=UTC))
 
 
 class EmbeddedGallery:
@@ -66,6 +76,7 @@ class EmbeddedGallery:
         index: A FAISS factory string.
         searches: How many calls of FAISS may be under way at once; None for one a processor, as
             OpenMP counts them.
+        clock: What the time is, aware: for the ledger of erasures.
 
     Raises:
         InvalidIndexError: The factory string cannot make a usable Euclidean index.
@@ -75,9 +86,15 @@ class EmbeddedGallery:
     """
 
     def __init__(
-        self, directory: Path, *, index: str = "Flat", searches: int | None = None
+        self,
+        directory: Path,
+        *,
+        index: str = "Flat",
+        searches: int | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._store = Store(directory)
+        self._clock = clock
         # Taken in this order. A writer holds the first throughout, the second while memory changes.
         self._writes = Lock()
         self._memory = ReadWriteLock()
@@ -157,6 +174,10 @@ class EmbeddedGallery:
         """The stored film strip, see `index.gallery.Gallery.strip`."""
         return self._store.strip(tracklet_id)
 
+    def frames(self, tracklet_id: str) -> tuple[bytes, ...]:
+        """The kept frames, see `index.gallery.Gallery.frames`."""
+        return self._store.frames(tracklet_id)
+
     def update(self, tracklet_id: str, changes: Mapping[str, Any]) -> TrackletRecord:
         """Change a record durably, see `index.gallery.Gallery.update`."""
         if unknown := sorted(changes.keys() - _CHANGEABLE):
@@ -171,18 +192,149 @@ class EmbeddedGallery:
         return after.record
 
     def remove(self, tracklet_id: str) -> TrackletRecord:
-        """Erase a tracklet durably, see `index.gallery.Gallery.remove`."""
+        """Erase a tracklet durably, see `index.gallery.Gallery.remove`.
+
+        What SQLite leaves of it in unused parts of a large file is removed by a later call, see
+        `index.store.Store.forget`; `expire` looks after that, too.
+        """
         with self._writing():
             with self._store.transaction() as transaction:
                 before = transaction.get(tracklet_id)
-                transaction.delete(before.key)
-                with self._changing_memory(transaction.commit):
-                    self._rows().remove(before.key)
-                    if not self._rows().columns.alive:
-                        self._derived = None
-            self._store.forget()
-            self._upkeep()
+                self._erase(transaction, {before.key: tracklet_id}, at=self._clock())
+            self._tidy()
         return before.record
+
+    def identities(self, *, limit: int, cursor: str | None = None) -> IdentityPage:
+        """One page of the identities by name, see `index.gallery.Gallery.identities`.
+
+        Raises:
+            InvalidCursorError: ``cursor`` was not given by ``identities``.
+            ValueError: ``limit`` is less than 1.
+        """
+        _check_limit(limit)
+        after = None if cursor is None else cursors.to_identity(cursor)
+        found = self._store.identities(after=after, limit=limit + 1)
+        is_last = len(found) <= limit
+        next_cursor = None if is_last else cursors.from_identity(found[limit - 1].identity)
+        return IdentityPage(tuple(found[:limit]), next_cursor)
+
+    def identity(self, name: str) -> IdentitySummary:
+        """What is known of an identity, see `index.gallery.Gallery.identity`."""
+        return self._store.identity(name)
+
+    def rename_identity(self, name: str, to: str) -> IdentitySummary:
+        """Give an identity another name, see `index.gallery.Gallery.rename_identity`."""
+        with self._writing(), self._store.transaction() as transaction:
+            tracklets = transaction.of_identity(name)
+            if to == name:
+                return transaction.identity(name)
+            if transaction.has_identity(to):
+                raise DuplicateIdentityError("expected a new name, got that of another identity")
+            self._name(transaction, [*tracklets], to)
+            return self._store.identity(to)
+
+    def merge_identity(self, name: str, into: str) -> IdentitySummary:
+        """Join an identity to another, see `index.gallery.Gallery.merge_identity`."""
+        if name == into:
+            raise ValueError("expected two identities to merge, got the same twice")
+        with self._writing(), self._store.transaction() as transaction:
+            tracklets = transaction.of_identity(name)
+            transaction.identity(into)  # raises if it does not exist
+            self._name(transaction, [*tracklets], into)
+            return self._store.identity(into)
+
+    def assign(self, tracklet_ids: Sequence[str], identity: str | None) -> int:
+        """Say whom tracklets show, see `index.gallery.Gallery.assign`."""
+        with self._writing(), self._store.transaction() as transaction:
+            known = transaction.shown(tracklet_ids)
+            if unknown := sorted(set(tracklet_ids) - known.keys()):
+                raise NotFoundError(f"no tracklet has the id {unknown[0]}")
+            keys = sorted(key for key, before in known.values() if before != identity)
+            if keys:
+                self._name(transaction, keys, identity)
+            return len(keys)
+
+    def remove_identity(self, name: str) -> Erased:
+        """Erase an identity with its tracklets, see `index.gallery.Gallery.remove_identity`.
+
+        No trace of it is in any file when the call returns, unless somebody was reading meanwhile:
+        then `expire` looks after that.
+        """
+        with self._writing():
+            with self._store.transaction() as transaction:
+                tracklets = transaction.of_identity(name)
+                self._erase(transaction, tracklets, at=self._clock(), identity=name)
+            self._tidy(at_once=True)
+        return Erased(name, tuple(tracklets.values()))
+
+    def expire(self, now: datetime, retention: timedelta | None = None) -> tuple[str, ...]:
+        """Erase what is to be erased by now, see `index.gallery.Gallery.expire`.
+
+        It also removes what earlier erasures had to leave in the files, see
+        `index.store.Store.forget`.
+        """
+        at = to_microseconds(now)
+        enrolled = None
+        if retention is not None:
+            enrolled = max(at - retention // timedelta(microseconds=1), _LONG_AGO)
+        erased: list[str] = []
+        while self._store.has_traces or self._store.due(at, enrolled, limit=1):
+            with self._writing():
+                due = self._store.due(at, enrolled, limit=_EXPIRED_AT_ONCE)
+                if due:
+                    with self._store.transaction() as transaction:
+                        self._erase(transaction, due, at=now)
+                self._tidy()
+            erased += due.values()
+            if len(due) < _EXPIRED_AT_ONCE:
+                break
+            time.sleep(_TURN_S)
+        return tuple(erased)
+
+    def next_expiry(self) -> datetime | None:
+        """The earliest expiry, see `index.gallery.Gallery.next_expiry`."""
+        return self._store.next_expiry()
+
+    def calibration(self) -> Calibration | None:
+        """The calibration, see `index.gallery.Gallery.calibration`.
+
+        It is read from the store each time: another process may have written it, see
+        `index.guest.write_calibration`.
+
+        Raises:
+            CalibrationError: What is stored comes from a version with other calibrations.
+        """
+        text = self._store.property("calibration")
+        if text is None:
+            return None
+        calibration = Calibration.from_json(text)
+        return calibration if calibration.model == self.model else None
+
+    def set_calibration(self, calibration: Calibration | None) -> None:
+        """Keep a calibration, see `index.gallery.Gallery.set_calibration`."""
+        with self._writing(), self._store.transaction() as transaction:
+            transaction.replace_calibration(calibration)
+            transaction.commit()
+
+    def erasures(self) -> Erasures:
+        """The ledger, see `index.gallery.Gallery.erasures`."""
+        return self._store.erasures()
+
+    def apply_erasures(self, erasures: Erasures) -> tuple[str, ...]:
+        """Add a ledger and erase what it bans, see `index.gallery.Gallery.apply_erasures`."""
+        with self._writing():
+            with self._store.transaction() as transaction:
+                new = erasures.without(transaction.erasures())
+                transaction.enter(new.entries)
+                outlines = transaction.outlines() if new.entries else ()
+                banned = {key: each.tracklet_id for key, each in outlines if new.bans(each)}
+                if banned:
+                    self._erase(transaction, banned, at=self._clock())
+                else:
+                    transaction.commit()
+            if banned:
+                self._tidy(at_once=True)
+        return tuple(banned.values())
 
     def list(self, filters: Filters, *, limit: int, cursor: str | None = None) -> Page:
         """One page of the records that pass the filters, see `index.gallery.Gallery.list`.
@@ -191,12 +343,11 @@ class EmbeddedGallery:
             InvalidCursorError: ``cursor`` was not given by ``list``.
             ValueError: ``limit`` is less than 1.
         """
-        if limit < 1:
-            raise ValueError(f"expected a limit of at least 1, got {limit}")
-        after = 0 if cursor is None else _from_cursor(cursor)
+        _check_limit(limit)
+        after = 0 if cursor is None else cursors.to_key(cursor)
         found = self._store.page(filters, after=after, limit=limit + 1)
         is_last = len(found) <= limit
-        next_cursor = None if is_last else _to_cursor(found[limit - 1].key)
+        next_cursor = None if is_last else cursors.from_key(found[limit - 1].key)
         return Page(tuple(stored.record for stored in found[:limit]), next_cursor)
 
     def search(
@@ -259,6 +410,32 @@ class EmbeddedGallery:
         if self._stale:
             with self._reading():
                 pass
+
+    def _name(self, transaction: Transaction, keys: Sequence[int], identity: str | None) -> None:
+        """Say whom tracklets show, commit, and have memory follow."""
+        transaction.name(keys, identity)
+        with self._changing_memory(transaction.commit):
+            self._rows().name(keys, identity)
+
+    def _erase(
+        self,
+        transaction: Transaction,
+        tracklets: Mapping[int, str],
+        *,
+        at: datetime,
+        identity: str | None = None,
+    ) -> None:
+        """Erase tracklets, commit, and have memory follow; see `index.store.Transaction.erase`."""
+        transaction.erase(tracklets, at=at, identity=identity)
+        with self._changing_memory(transaction.commit):
+            self._rows().remove([*tracklets])
+            if not self._rows().columns.alive:
+                self._derived = None
+
+    def _tidy(self, *, at_once: bool = False) -> None:
+        """After an erasure: free what it leaves on the disk and in memory. Never fails."""
+        self._store.forget(at_once=at_once)
+        self._upkeep()
 
     @contextmanager
     def _reading(self) -> Iterator[Derived | None]:
@@ -372,6 +549,11 @@ class EmbeddedGallery:
         return dimension
 
 
+def _check_limit(limit: int) -> None:
+    if limit < 1:
+        raise ValueError(f"expected a limit of at least 1, got {limit}")
+
+
 def _check_model(model: str, *, expected: str) -> None:
     if model != expected:
         raise ModelMismatchError(f"expected embeddings of the model {expected}, got {model}")
@@ -387,18 +569,3 @@ def _check_embedding(embedding: Embeddings, *, dimension: int | None) -> None:
         raise InvalidEmbeddingError("expected finite numbers, got NaN or infinity")
     if float(np.linalg.norm(embedding.astype(np.float64))) > _GREATEST_NORM:
         raise InvalidEmbeddingError(f"expected a length of at most {_GREATEST_NORM:g}, got more")
-
-
-def _to_cursor(key: int) -> str:
-    return base64.urlsafe_b64encode(f"after-1:{key}".encode()).decode()
-
-
-def _from_cursor(cursor: str) -> int:
-    try:
-        text = base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, ValueError):  # the latter for what is not ASCII
-        text = ""
-    match = _CURSOR.fullmatch(text)
-    if match is None or _to_cursor(int(match[1])) != cursor:
-        raise InvalidCursorError(f"expected a cursor from an earlier page, got {cursor!r}")
-    return int(match[1])

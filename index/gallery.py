@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Literal, Protocol
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from index.erasures import Erasures
+
+if TYPE_CHECKING:  # it imports this module
+    from index.calibration import Calibration
 
 Embeddings = NDArray[np.float32]
 GroupBy = Literal["identity", "tracklet"]
@@ -17,11 +22,15 @@ class GalleryError(Exception):
 
 
 class NotFoundError(GalleryError):
-    """Raised when no tracklet has the id that was asked for."""
+    """Raised when no tracklet has the id, or no identity the name, that was asked for."""
 
 
 class DuplicateTrackletError(GalleryError):
     """Raised when an id is taken, or appears twice in one call."""
+
+
+class DuplicateIdentityError(GalleryError):
+    """Raised when an identity would be given a name that another one has."""
 
 
 class InvalidEmbeddingError(GalleryError):
@@ -69,6 +78,9 @@ class TrackletRecord:
         created_at: When it was enrolled, timezone-aware UTC.
         content: SHA-256 (hex) of what was enrolled; equal content makes a repeated enrolment
         idempotent.
+        expires_at: When it is to be erased, timezone-aware UTC, or None. It is there until
+            `Gallery.expire` is called after that time.
+        quality: What the caller found of its frames' quality, a JSON object, or None.
     """
 
     tracklet_id: str
@@ -82,6 +94,8 @@ class TrackletRecord:
     model: str
     created_at: datetime
     content: str
+    expires_at: datetime | None = None
+    quality: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +165,47 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class IdentitySummary:
+    """What is known of an identity: what its tracklets have in common.
+
+    Args:
+        identity: Its name.
+        tracklets: How many show it, >= 1: an identity without tracklets does not exist.
+        cameras: Where it was seen, sorted; tracklets without a camera add none.
+    """
+
+    identity: str
+    tracklets: int
+    cameras: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityPage:
+    """One page of the identities, in the order of their names.
+
+    Args:
+        items: At most ``limit`` identities.
+        next_cursor: Pass it to get the next page; None on the last one.
+    """
+
+    items: tuple[IdentitySummary, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What went with an identity.
+
+    Args:
+        identity: Its name.
+        tracklet_ids: Its tracklets, in the order of enrolment.
+    """
+
+    identity: str
+    tracklet_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """How much a gallery holds.
 
@@ -171,11 +226,14 @@ class Enrolment:
         record: What is known of it.
         embedding: (D,) float32, finite.
         strip: A small film strip as JPEG bytes, or None where thumbnails are off.
+        frames: The used frames as image files in temporal order, where they are kept for another
+            model; else none.
     """
 
     record: TrackletRecord
     embedding: Embeddings
     strip: bytes | None = None
+    frames: Sequence[bytes] = ()
 
 
 class Gallery(Protocol):
@@ -222,13 +280,20 @@ class Gallery(Protocol):
             NotFoundError: No tracklet has this id, or none was kept for it.
         """
 
+    def frames(self, tracklet_id: str) -> tuple[bytes, ...]:
+        """The kept frames of a tracklet as image files, in temporal order.
+
+        Raises:
+            NotFoundError: No tracklet has this id, or none were kept for it.
+        """
+
     def update(self, tracklet_id: str, changes: Mapping[str, Any]) -> TrackletRecord:
         """Change a record durably and return it as it is now.
 
         Args:
             tracklet_id: Which.
-            changes: New values by field name: identity, camera, start_time, end_time, metadata. The
-                caller has validated them; metadata replaces the old object.
+            changes: New values by field name: identity, camera, start_time, end_time, metadata,
+                expires_at. The caller has validated them; metadata replaces the old object.
 
         Raises:
             NotFoundError: No tracklet has this id.
@@ -237,10 +302,108 @@ class Gallery(Protocol):
         """
 
     def remove(self, tracklet_id: str) -> TrackletRecord:
-        """Erase a tracklet with its embedding and strip, durably; returns what it was.
+        """Erase a tracklet with its embedding, strip and frames, durably; returns what it was.
 
         Raises:
             NotFoundError: No tracklet has this id.
+            StorageFullError: The disk is full.
+        """
+
+    def identities(self, *, limit: int, cursor: str | None = None) -> IdentityPage:
+        """One page of the identities, in the order of their names.
+
+        Raises:
+            InvalidCursorError: ``cursor`` was not given by ``identities``.
+        """
+
+    def identity(self, name: str) -> IdentitySummary:
+        """What is known of an identity.
+
+        Raises:
+            NotFoundError: No tracklet shows it.
+        """
+
+    def rename_identity(self, name: str, to: str) -> IdentitySummary:
+        """Give an identity another name durably; to its own name changes nothing.
+
+        Raises:
+            NotFoundError: No tracklet shows it.
+            DuplicateIdentityError: There is one called ``to``; `merge_identity` joins the two.
+            StorageFullError: The disk is full.
+        """
+
+    def merge_identity(self, name: str, into: str) -> IdentitySummary:
+        """Make all tracklets of one identity those of another durably; returns the other.
+
+        Raises:
+            NotFoundError: No tracklet shows one of them.
+            ValueError: They are the same.
+            StorageFullError: The disk is full.
+        """
+
+    def assign(self, tracklet_ids: Sequence[str], identity: str | None) -> int:
+        """Say durably whom tracklets show: of all of them, or of none if any id is unknown.
+
+        Returns:
+            Of how many something else was said before.
+
+        Raises:
+            NotFoundError: An id is unknown.
+            StorageFullError: The disk is full.
+        """
+
+    def remove_identity(self, name: str) -> Erased:
+        """Erase an identity with all its tracklets, durably: all of them at once.
+
+        Raises:
+            NotFoundError: No tracklet shows it.
+            StorageFullError: The disk is full.
+        """
+
+    def expire(self, now: datetime, retention: timedelta | None = None) -> tuple[str, ...]:
+        """Erase durably what is to be erased by now; to be called again and again.
+
+        Until then a tracklet is listed, found and given, though its time has passed: the gallery is
+        as exact as the calls are frequent. Many are erased little by little, and what fails halfway
+        is done by the next call.
+
+        Args:
+            now: Timezone-aware. Erases what has an ``expires_at`` at or before it.
+            retention: Erases also what was enrolled so long ago or longer.
+
+        Returns:
+            The ids of what was erased.
+
+        Raises:
+            StorageFullError: The disk is full.
+        """
+
+    def next_expiry(self) -> datetime | None:
+        """The earliest ``expires_at``, aware UTC; None where no tracklet has one."""
+
+    def calibration(self) -> "Calibration | None":
+        """The calibration as it is now, whoever has set it; None where none is of its model."""
+
+    def set_calibration(self, calibration: "Calibration | None") -> None:
+        """Keep a calibration durably in the place of the last one; None forgets it.
+
+        Raises:
+            ModelMismatchError: It is of another model than the gallery.
+            StorageFullError: The disk is full.
+        """
+
+    def erasures(self) -> Erasures:
+        """The ledger of all that was ever erased, here or by ledgers that were applied."""
+
+    def apply_erasures(self, erasures: Erasures) -> tuple[str, ...]:
+        """Add a ledger to the gallery's own, and erase durably what it bans, all at once.
+
+        Entries that the gallery has already are passed over: what is in it has outlived them.
+
+        Returns:
+            The ids of what was erased.
+
+        Raises:
             StorageFullError: The disk is full.
         """
 

@@ -2,15 +2,16 @@
 
 import json
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from index.gallery import Filters, TrackletRecord
 
 # The order of `to_row` and `to_stored`.
 RECORD = (
     "key, tracklet_id, identity, camera, start_time, end_time, metadata, "
-    "frames_received, frames_used, model, created_at, content"
+    "frames_received, frames_used, model, created_at, content, expires_at, quality"
 )
+PLACES = ", ".join("?" * len(RECORD.split(", ")))  # for the values of `RECORD`
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -23,11 +24,23 @@ class Stored(NamedTuple):
     record: TrackletRecord
 
 
+@overload
+def to_microseconds(time: datetime) -> int: ...
+@overload
+def to_microseconds(time: None) -> None: ...
+@overload
+def to_microseconds(time: datetime | None) -> int | None: ...
 def to_microseconds(time: datetime | None) -> int | None:
     """Microseconds since 1970 UTC of an aware time, exactly; None stays None."""
     return None if time is None else (time - _EPOCH) // _MICROSECOND
 
 
+@overload
+def from_microseconds(microseconds: int) -> datetime: ...
+@overload
+def from_microseconds(microseconds: None) -> None: ...
+@overload
+def from_microseconds(microseconds: int | None) -> datetime | None: ...
 def from_microseconds(microseconds: int | None) -> datetime | None:
     """The aware UTC time that `to_microseconds` took."""
     return None if microseconds is None else _EPOCH + microseconds * _MICROSECOND
@@ -47,6 +60,8 @@ def to_row(record: TrackletRecord) -> tuple[Any, ...]:
         record.model,
         to_microseconds(record.created_at),
         record.content,
+        to_microseconds(record.expires_at),
+        None if record.quality is None else json.dumps(dict(record.quality), allow_nan=False),
     )
 
 
@@ -64,6 +79,8 @@ def to_stored(row: tuple[Any, ...]) -> Stored:
         model=row[9],
         created_at=_EPOCH + row[10] * _MICROSECOND,
         content=row[11],
+        expires_at=from_microseconds(row[12]),
+        quality=None if row[13] is None else json.loads(row[13]),
     )
     return Stored(row[0], record)
 

@@ -1,5 +1,6 @@
 """The SQLite file: how it is opened, recognised and brought to the newest form."""
 
+import logging
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,6 +15,7 @@ from index.gallery import (
 APPLICATION_ID = 0x50415353  # "PASS", in the header of every file of ours
 BUSY_TIMEOUT_MS = 5000
 
+_log = logging.getLogger(__name__)
 _DAMAGE = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
 
 # Migration i brings a file from version i to i + 1. A published migration never changes.
@@ -45,6 +47,32 @@ MIGRATIONS: tuple[str, ...] = (
         key INTEGER PRIMARY KEY REFERENCES tracklets (key) ON DELETE CASCADE,
         jpeg BLOB NOT NULL
     );
+    """,
+    """
+    ALTER TABLE tracklets ADD COLUMN expires_at INTEGER;
+    ALTER TABLE tracklets ADD COLUMN quality TEXT;  -- a JSON object
+    CREATE INDEX tracklets_expires_at ON tracklets (expires_at) WHERE expires_at IS NOT NULL;
+    CREATE INDEX tracklets_created_at ON tracklets (created_at);
+    DROP INDEX tracklets_identity;
+    -- with the camera: identities are listed from the index alone
+    CREATE INDEX tracklets_identity ON tracklets (identity, camera);
+    CREATE TABLE frames (
+        key INTEGER NOT NULL REFERENCES tracklets (key) ON DELETE CASCADE,
+        position INTEGER NOT NULL,  -- 0, 1, ... in temporal order
+        content BLOB NOT NULL,
+        PRIMARY KEY (key, position)
+    );
+    CREATE TABLE properties (
+        name TEXT PRIMARY KEY,
+        value TEXT NOT NULL
+    );
+    CREATE TABLE erasures (  -- see index/erasures.py
+        digest BLOB NOT NULL,
+        kind TEXT NOT NULL,
+        erased_at INTEGER NOT NULL,
+        salt BLOB NOT NULL,  -- that the digest was made with; other galleries have other ones
+        PRIMARY KEY (digest, kind)
+    ) WITHOUT ROWID;
     """,
 )
 
@@ -102,12 +130,46 @@ def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.C
     try:
         with damage_told(), translated("open the gallery"):
             _recognise(connection, newest=len(migrations))
+            if not _is_shrinkable(connection):  # to say it again would be a write
+                # Before the first table, or it takes a VACUUM.
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
             # Erased means overwritten with zeros, not only forgotten.
             connection.execute("PRAGMA secure_delete = ON")
             _migrate(connection, migrations)
+            _make_shrinkable(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def open_guest(path: Path, version: int = len(MIGRATIONS)) -> sqlite3.Connection:
+    """Open a connection that writes a little beside the one that the gallery's opener has.
+
+    Args:
+        path: The file.
+        version: The one that it has to have.
+
+    Raises:
+        DamagedGalleryError: The file is not a gallery, or comes from a newer version.
+        GalleryUnavailableError: There is no file, it cannot be opened, or it comes from an older
+            version: only the gallery's opener migrates.
+    """
+    if not path.is_file():
+        raise GalleryUnavailableError("expected a gallery in the directory, got none")
+    connection = _connect(path)
+    try:
+        with damage_told(), translated("open the gallery"):
+            _recognise(connection, newest=version)
+            [found] = connection.execute("PRAGMA user_version").fetchone()
+            if found != version:
+                message = f"expected a gallery of version {version}, got {found}: open it first"
+                raise GalleryUnavailableError(message)
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA secure_delete = ON")
     except BaseException:
         connection.close()
         raise
@@ -161,6 +223,26 @@ def _migrate(connection: sqlite3.Connection, migrations: Sequence[str]) -> None:
             finally:
                 if connection.in_transaction:
                     cursor.execute("ROLLBACK")
+
+
+def _make_shrinkable(connection: sqlite3.Connection) -> None:
+    """Let a file that was made without it give back the room of what is erased from it.
+
+    Once in its life the whole file is copied, which takes as much room again, and as much in the
+    write-ahead log. Without, everything works, but the file only ever grows.
+    """
+    if _is_shrinkable(connection):
+        return
+    try:
+        connection.execute("VACUUM")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.OperationalError as error:  # no room; damage is another error
+        _log.warning("the gallery's file cannot be made to shrink, for now: %s", error)
+
+
+def _is_shrinkable(connection: sqlite3.Connection) -> bool:
+    [kind] = connection.execute("PRAGMA auto_vacuum").fetchone()
+    return bool(kind)
 
 
 def _code(error: sqlite3.Error) -> int | None:

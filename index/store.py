@@ -4,33 +4,56 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from index import identities
+from index.calibration import Calibration
+from index.erasures import Erasure, Erasures, Kind, digest
 from index.gallery import (
     DamagedGalleryError,
     Embeddings,
     Enrolment,
     Filters,
     GalleryUnavailableError,
+    IdentitySummary,
     NotFoundError,
 )
 from index.locks import DirectoryLock
 from index.probe import WriteProbe
-from index.rows import RECORD, Stored, to_microseconds, to_row, to_stored, where
+from index.properties import Name, erasure_salt, read_property, replace_calibration
+from index.rows import (
+    PLACES,
+    RECORD,
+    Stored,
+    from_microseconds,
+    to_microseconds,
+    to_row,
+    to_stored,
+    where,
+)
 from index.schema import BUSY_TIMEOUT_MS, MIGRATIONS, open_reader, open_writer, translated
+from index.scrub import UnknownLayoutError, scrub
 
 FILE_NAME = "passerby.sqlite3"
 LOCK_NAME = "passerby.lock"
 
 _log = logging.getLogger(__name__)
 _VECTOR = np.dtype("<f4")
+# Fewer free pages (4 KiB each) are not given back: the next enrolments take them.
+_FEW_FREE_PAGES = 256
+# So many are given back at a time: searches go on meanwhile, but no write does.
+_PAGES_AT_ONCE = 25_000
+# Of the time between two removals of traces, so much at most is spent on them.
+_SCRUBBING_SHARE = 1 / 20
 
 
 class Content(NamedTuple):
@@ -72,6 +95,14 @@ class Chunk:
         )
 
 
+class Outline(NamedTuple):
+    """What decides whether a tracklet was erased, see `index.erasures.Erasable`."""
+
+    tracklet_id: str
+    identity: str | None
+    created_at: datetime
+
+
 class Transaction:
     """Changes that happen together at `commit`, or not at all."""
 
@@ -98,26 +129,107 @@ class Transaction:
     def insert(self, enrolment: Enrolment) -> int:
         """Add a tracklet; returns its key."""
         cursor = self._connection.execute(
-            f"INSERT INTO tracklets ({RECORD}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
-            to_row(enrolment.record),
+            f"INSERT INTO tracklets ({RECORD}) VALUES ({PLACES})",  # noqa: S608
+            (None, *to_row(enrolment.record)),
         )
         key = cursor.lastrowid
         vector = enrolment.embedding.astype(_VECTOR, copy=False).tobytes()
         self._connection.execute("INSERT INTO embeddings VALUES (?, ?)", (key, vector))
         if enrolment.strip is not None:
             self._connection.execute("INSERT INTO strips VALUES (?, ?)", (key, enrolment.strip))
+        self._connection.executemany(
+            "INSERT INTO frames VALUES (?, ?, ?)",
+            ((key, position, content) for position, content in enumerate(enrolment.frames)),
+        )
         return int(key or 0)
 
     def replace(self, stored: Stored) -> None:
         """Write a record over the one with its key."""
         self._connection.execute(
-            f"UPDATE tracklets SET ({RECORD}) = (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE key = ?",  # noqa: S608
+            f"UPDATE tracklets SET ({RECORD}) = ({PLACES}) WHERE key = ?",  # noqa: S608
             (stored.key, *to_row(stored.record), stored.key),
         )
 
-    def delete(self, key: int) -> None:
-        """Erase a tracklet with all that hangs on it."""
-        self._connection.execute("DELETE FROM tracklets WHERE key = ?", (key,))
+    def identity(self, name: str) -> IdentitySummary:
+        """What is known of an identity before the commit.
+
+        Raises:
+            NotFoundError: No tracklet shows it.
+        """
+        return identities.summary(self._connection, name)
+
+    def has_identity(self, name: str) -> bool:
+        """Whether any tracklet shows an identity."""
+        return identities.exists(self._connection, name)
+
+    def of_identity(self, name: str) -> dict[int, str]:
+        """The ids of an identity's tracklets, by key, in the order of enrolment.
+
+        Raises:
+            NotFoundError: No tracklet shows it.
+        """
+        query = "SELECT key, tracklet_id FROM tracklets WHERE identity = ? ORDER BY key"
+        if found := dict(self._connection.execute(query, (name,)).fetchall()):
+            return found
+        raise NotFoundError("no tracklet shows this identity")
+
+    def shown(self, tracklet_ids: Iterable[str]) -> dict[str, tuple[int, str | None]]:
+        """The key and the identity of those of the ids that are in use."""
+        rows = self._connection.execute(
+            "SELECT tracklet_id, key, identity FROM tracklets "
+            "WHERE tracklet_id IN (SELECT value FROM json_each(?))",
+            [json.dumps(list(tracklet_ids))],
+        )
+        return {tracklet_id: (key, identity) for tracklet_id, key, identity in rows.fetchall()}
+
+    def outlines(self) -> Iterator[tuple[int, Outline]]:
+        """What decides whether a tracklet was erased, of all of them, with their keys."""
+        query = "SELECT key, tracklet_id, identity, created_at FROM tracklets ORDER BY key"
+        for key, tracklet_id, identity, created_at in self._connection.execute(query):
+            yield key, Outline(tracklet_id, identity, from_microseconds(created_at))
+
+    def name(self, keys: Sequence[int], identity: str | None) -> None:
+        """Say whom tracklets show."""
+        self._connection.execute(
+            "UPDATE tracklets SET identity = ? WHERE key IN (SELECT value FROM json_each(?))",
+            (identity, json.dumps(keys)),
+        )
+
+    def erase(
+        self, tracklets: Mapping[int, str], *, at: datetime, identity: str | None = None
+    ) -> None:
+        """Erase tracklets with all that hangs on them, and enter that in the ledger.
+
+        Args:
+            tracklets: Their ids by key.
+            at: When, aware.
+            identity: The one that is erased with them, if it is.
+        """
+        salt = erasure_salt(self._connection)
+        erased: list[tuple[Kind, str]] = [("tracklet", each) for each in tracklets.values()]
+        if identity is not None:
+            erased.append(("identity", identity))
+        self.enter(Erasure(digest(salt, kind, name), kind, at, salt) for kind, name in erased)
+        self._connection.execute(
+            "DELETE FROM tracklets WHERE key IN (SELECT value FROM json_each(?))",
+            [json.dumps(list(tracklets))],
+        )
+
+    def enter(self, erasures: Iterable[Erasure]) -> None:
+        """Add entries to the ledger; where one is there already, the later counts."""
+        self._connection.executemany(
+            "INSERT INTO erasures (digest, kind, erased_at, salt) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET erased_at = max(erased_at, excluded.erased_at)",
+            ((one.digest, one.kind, to_microseconds(one.erased_at), one.salt) for one in erasures),
+        )
+
+    def erasures(self) -> Erasures:
+        """The ledger before the commit."""
+        return _erasures(self._connection)
+
+    def replace_calibration(self, calibration: Calibration | None) -> None:
+        """See `index.properties.replace_calibration`."""
+        replace_calibration(self._connection, calibration)
 
     def commit(self) -> None:
         """Make the changes durable and visible."""
@@ -149,12 +261,21 @@ class Store:
             raise GalleryUnavailableError(message) from error
         self._lock = DirectoryLock(directory / LOCK_NAME)
         try:
-            self._inode = _touch(self._path)
-            self._writer = open_writer(self._path, migrations)
-            self._probe = WriteProbe(directory)
+            self._file = _open(self._path)
         except BaseException:
             self._lock.release()
             raise
+        try:
+            self._inode = os.fstat(self._file).st_ino
+            self._writer = open_writer(self._path, migrations)
+            self._probe = WriteProbe(directory)
+        except BaseException:
+            os.close(self._file)
+            self._lock.release()
+            raise
+        # Whether the files may hold traces of what was erased: who opened them last may have died.
+        self._has_traces = True
+        self._scrubs_from = 0.0
         self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         self._closed = False
 
@@ -165,6 +286,7 @@ class Store:
             self._close_idle_readers()
             self._writer.close()
         finally:
+            os.close(self._file)  # last, see `index.scrub.scrub`
             self._lock.release()
 
     @contextmanager
@@ -183,18 +305,58 @@ class Store:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
 
-    def forget(self) -> None:
-        """Empty the write-ahead log, where erased content lives on until it is overwritten.
+    @property
+    def has_traces(self) -> bool:
+        """Whether the files may hold traces of what was erased, so that `forget` has work to do."""
+        return self._has_traces
 
-        Somebody who is just reading can prevent it; then the next call, or closing, does it.
+    def forget(self, *, at_once: bool = False) -> None:
+        """Remove what is left of erased rows from the files; nobody else may write meanwhile.
+
+        The rows themselves are overwritten by then. What is left are pages that nothing needs any
+        more, copies in the write-ahead log, and in parts of pages that are not in use. Somebody who
+        is just reading can prevent it; then the next call does it. It never fails.
+
+        Args:
+            at_once: Do not put off what takes long in a large file, see `_SCRUBBING_SHARE`.
         """
+        self._has_traces = True
+        self._writer.execute("PRAGMA busy_timeout = 0")  # rather than wait for readers
         try:
-            self._writer.execute("PRAGMA busy_timeout = 0")  # rather than wait for readers
-            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        except sqlite3.Error as error:
-            _log.warning("the write-ahead log could not be emptied: %s", error)
+            self._give_back_pages()
+            [(is_busy, _, _)] = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            if not is_busy and (at_once or time.monotonic() >= self._scrubs_from):
+                self._scrub()
+        except (sqlite3.Error, OSError, UnknownLayoutError) as error:
+            _log.warning("traces of what was erased could not be removed from the files: %s", error)
         finally:
             self._writer.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+    def _give_back_pages(self) -> None:
+        [free] = self._writer.execute("PRAGMA freelist_count").fetchone()
+        if free < _FEW_FREE_PAGES:
+            return
+        # First the zeros over their content: pages that are cut off are not written any more.
+        self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        try:
+            # As a script: it yields a row without columns for each page, and `execute` ends there.
+            self._writer.executescript(f"PRAGMA incremental_vacuum({_PAGES_AT_ONCE})")
+        except sqlite3.OperationalError as error:  # no room for the pages that move
+            _log.warning("the gallery's file cannot be made shorter, for now: %s", error)
+
+    def _scrub(self) -> None:
+        began = time.monotonic()
+        self._writer.execute("BEGIN IMMEDIATE")
+        try:
+            log = self._path.with_name(f"{self._path.name}-wal")
+            if not log.exists() or not log.stat().st_size:  # else another process has just written
+                scrub(self._writer, self._file)
+                self._has_traces = False
+        finally:
+            self._writer.execute("ROLLBACK")
+            self._writer.execute("PRAGMA shrink_memory")  # pages as they were, traces and all
+        ended = time.monotonic()
+        self._scrubs_from = ended + (ended - began) / _SCRUBBING_SHARE
 
     def get(self, tracklet_id: str) -> Stored:
         """A record by id.
@@ -221,6 +383,64 @@ class Store:
             NotFoundError: No tracklet has this id, or none was kept for it.
         """
         return self._blob(tracklet_id, "SELECT jpeg FROM strips WHERE key = ?")
+
+    def frames(self, tracklet_id: str) -> tuple[bytes, ...]:
+        """Kept frames by id, in temporal order.
+
+        Raises:
+            NotFoundError: No tracklet has this id, or none were kept for it.
+        """
+        with self._reading() as connection:
+            key = _get(connection, tracklet_id).key
+            query = "SELECT content FROM frames WHERE key = ? ORDER BY position"
+            rows = connection.execute(query, (key,)).fetchall()
+        if not rows:
+            raise _nothing_kept(tracklet_id)
+        return tuple(content for (content,) in rows)
+
+    def identity(self, name: str) -> IdentitySummary:
+        """What is known of an identity.
+
+        Raises:
+            NotFoundError: No tracklet shows it.
+        """
+        with self._reading() as connection:
+            return identities.summary(connection, name)
+
+    def identities(self, *, after: str | None, limit: int) -> list[IdentitySummary]:
+        """What is known of identities, by name, beginning after one."""
+        with self._reading() as connection:
+            return identities.summaries(connection, after=after, limit=limit)
+
+    def due(self, now: int, enrolled: int | None, *, limit: int) -> dict[int, str]:
+        """The ids of tracklets that are to be erased, by key; at most ``limit``.
+
+        Args:
+            now: In microseconds. What has an ``expires_at`` at or before it is due.
+            enrolled: Likewise; what was enrolled at or before it is due, too.
+            limit: How many at most.
+        """
+        query = "SELECT key, tracklet_id FROM tracklets WHERE expires_at <= ? OR created_at <= ?"
+        with self._reading() as connection:
+            rows = connection.execute(f"{query} LIMIT ?", (now, enrolled, limit))
+            return dict(rows.fetchall())
+
+    def next_expiry(self) -> datetime | None:
+        """The earliest ``expires_at``, aware UTC; None where no tracklet has one."""
+        query = "SELECT min(expires_at) FROM tracklets WHERE expires_at IS NOT NULL"
+        with self._reading() as connection:
+            row: tuple[int | None] = connection.execute(query).fetchone()
+        return from_microseconds(row[0])
+
+    def property(self, name: Name) -> str | None:
+        """What is kept under a name, or None."""
+        with self._reading() as connection:
+            return read_property(connection, name)
+
+    def erasures(self) -> Erasures:
+        """The ledger."""
+        with self._reading() as connection:
+            return _erasures(connection)
 
     def page(self, filters: Filters, *, after: int, limit: int) -> list[Stored]:
         """Records that pass the filters, by key, beginning after a key."""
@@ -325,7 +545,7 @@ class Store:
             key = _get(connection, tracklet_id).key
             row = connection.execute(query, (key,)).fetchone()
         if row is None:
-            raise NotFoundError(f"nothing of this kind is kept for {tracklet_id}")
+            raise _nothing_kept(tracklet_id)
         return bytes(row[0])
 
     @contextmanager
@@ -352,17 +572,27 @@ class Store:
                 return
 
 
-def _touch(path: Path) -> int:
-    """Make the file, for its owner only, if it is missing; returns its inode."""
+def _open(path: Path) -> int:
+    """Make the file, for its owner only, if it is missing; returns a descriptor of it."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            return os.fstat(file).st_ino
-        finally:
-            os.close(file)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         message = f"cannot open the gallery's file: {error.strerror}"
         raise GalleryUnavailableError(message) from error
+
+
+def _erasures(connection: sqlite3.Connection) -> Erasures:
+    rows = connection.execute("SELECT digest, kind, erased_at, salt FROM erasures").fetchall()
+    return Erasures(
+        tuple(
+            Erasure(digested, kind, from_microseconds(erased_at), salt)
+            for digested, kind, erased_at, salt in rows
+        )
+    )
+
+
+def _nothing_kept(tracklet_id: str) -> NotFoundError:
+    return NotFoundError(f"nothing of this kind is kept for {tracklet_id}")
 
 
 def _get(connection: sqlite3.Connection, tracklet_id: str) -> Stored:

@@ -28,6 +28,7 @@ from model.runtimes import (
     Runtime,
     TorchRuntime,
     choose_runtime,
+    is_out_of_memory,
 )
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,13 @@ class TrackletEmbedding:
     Args:
         embedding: (D,) float32.
         attention: (T, H, W) float32, each map sums to 1; None where it was not asked for.
+        frame_distance: Mean Euclidean distance of its frames, each embedded as a tracklet of its
+            own, to the embedding: large where a tracker has changed to another person on the way.
     """
 
     embedding: NDArray[np.float32]
     attention: NDArray[np.float32] | None = None
+    frame_distance: float = 0.0
 
 
 def choose_device(device: str) -> torch.device:
@@ -300,8 +304,8 @@ class Embedder:
             most = min(self.max_frames, wanted)
             try:
                 return run(most)
-            except torch.OutOfMemoryError:
-                if most == 1:
+            except (RuntimeError, MemoryError) as error:
+                if most == 1 or not is_out_of_memory(error):
                     raise
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -323,10 +327,10 @@ class Embedder:
         parts = [collect() for collect in launched]
         frames, attention = (torch.cat(ones) for ones in zip(*parts, strict=True))
         maps = torch.split(attention, list(counts)) if with_attention else [None] * len(counts)
-        embeddings = pool_tracklets(self._network, torch.split(frames, list(counts)))
+        pooled = pool_tracklets(self._network, torch.split(frames, list(counts)))
         return [
-            TrackletEmbedding(embedding.numpy(), None if one is None else one.numpy())
-            for embedding, one in zip(embeddings, maps, strict=True)
+            TrackletEmbedding(embedding.numpy(), None if one is None else one.numpy(), distance)
+            for (embedding, distance), one in zip(pooled, maps, strict=True)
         ]
 
 
@@ -365,7 +369,7 @@ def _split(clips: Sequence[Clip], most: int) -> tuple[list[Clip], list[Clip]]:
     return taken, []
 
 
-def pool_tracklets(network: TrackletNet, tracklets: Sequence[Tensor]) -> list[Tensor]:
+def pool_tracklets(network: TrackletNet, tracklets: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
     """Tracklet embeddings of frame embeddings; tracklets of as many frames are pooled together.
 
     Args:
@@ -373,13 +377,17 @@ def pool_tracklets(network: TrackletNet, tracklets: Sequence[Tensor]) -> list[Te
         tracklets: (T, D) each.
 
     Returns:
-        (D,) each, in order.
+        (D,) each, in order, and `TrackletEmbedding.frame_distance`.
     """
     places: dict[int, list[int]] = {}
     for place, frames in enumerate(tracklets):
         places.setdefault(len(frames), []).append(place)
-    pooled: dict[int, Tensor] = {}
-    for alike in places.values():
-        made = network.embed_tracklets(torch.stack([tracklets[place] for place in alike]))
-        pooled.update(zip(alike, made, strict=True))
+    pooled: dict[int, tuple[Tensor, float]] = {}
+    for count, alike in places.items():
+        stacked = torch.stack([tracklets[place] for place in alike])  # (B, T, D)
+        made = network.embed_tracklets(stacked)  # (B, D)
+        alone = network.embed_tracklets(stacked.flatten(0, 1).unsqueeze(1))  # (B*T, D)
+        apart = (alone.view(len(alike), count, -1) - made.unsqueeze(1)).norm(dim=2)  # (B, T)
+        found = zip(made, apart.mean(dim=1).tolist(), strict=True)
+        pooled.update(zip(alike, found, strict=True))
     return [pooled[place] for place in range(len(tracklets))]

@@ -20,6 +20,7 @@ from model.network import NetworkConfig, TrackletNet
 from model.runtimes import Collect, Resolved
 
 _CELLS = (1, 2)  # axes of a map (N, H, W)
+_UNWRITTEN = -np.inf  # what no embedding and no attention holds
 
 
 class OpenVinoRuntime:
@@ -84,8 +85,24 @@ class OpenVinoRuntime:
             compiled = openvino.Core().compile_model(self._graph, "CPU", self._options)
             self._request = compiled.create_infer_request()
             self._graph = None  # its weights are held by what was compiled
-        made = self._request.infer([frames], share_inputs=True)  # outputs are copied
-        return made[0], made[1]
+        pooled, attention = made = self._give_outputs(len(frames))
+        self._request.infer([frames], share_inputs=True, share_outputs=True)
+        # On one thread OpenVINO (2026.4) does not say that it has no memory, and its own outputs
+        # are then still those of the call before: of another person.
+        if any((one == _UNWRITTEN).any() for one in made):
+            raise MemoryError(f"expected OpenVINO to embed {len(frames)} frames, it wrote nothing")
+        return pooled, attention
+
+    def _give_outputs(self, count: int) -> list[Any]:
+        """Arrays into which the next run writes what it makes of so many frames."""
+        import openvino
+
+        made = []
+        for place, output in enumerate(self._request.model_outputs):
+            _, *shape = (size.get_max_length() for size in output.partial_shape)
+            made.append(np.full((count, *shape), _UNWRITTEN, np.float32))
+            self._request.set_output_tensor(place, openvino.Tensor(made[-1], shared_memory=True))
+        return made
 
 
 def build_graph(

@@ -4,6 +4,7 @@ A runtime is given a few frames at a time and need not have finished when it ans
 may compute while the next frames are on their way to it.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Literal, Protocol, get_args
@@ -22,6 +23,13 @@ Resolved = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What is left to do for frames that a runtime was given: wait, and take what it made of them.
 Collect = Callable[[], tuple[Tensor, Tensor]]
+# How a RuntimeError says on a CPU that memory ran out, each provoked: PyTorch's allocator and
+# OpenVINO's layers; OpenVINO's buffers; its compiler; and oneDNN, which says no more than this.
+# What only begins so, "could not create a primitive descriptor", is something else.
+_NO_MEMORY = re.compile(
+    r"can't alloc|Failed to allocate \d+ bytes of memory|std::bad_alloc"
+    r"|\Acould not create a primitive\Z"
+)
 
 
 class FrameRuntime(Protocol):
@@ -35,7 +43,9 @@ class FrameRuntime(Protocol):
         """Do what happens only once; later calls do nothing.
 
         Raises:
-            torch.OutOfMemoryError: The device does not hold so many frames at once.
+            RuntimeError: Perhaps that memory does not hold so many frames at once, which
+                `is_out_of_memory` tells.
+            MemoryError: Likewise.
         """
 
     def launch(self, pieces: Sequence[Clip]) -> Collect:
@@ -49,8 +59,16 @@ class FrameRuntime(Protocol):
             What waits for frame embeddings (N, D) and attention (N, H, W), float32 on the CPU.
 
         Raises:
-            torch.OutOfMemoryError: The device does not hold so many frames at once.
+            RuntimeError: See `warm_up`.
+            MemoryError: Likewise.
         """
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of a runtime says that memory, a device's or the machine's, ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def choose_runtime(runtime: Runtime, device: torch.device, precision: Resolved) -> RuntimeName:

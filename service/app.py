@@ -1,26 +1,29 @@
 """The HTTP application, made from its parts: no globals, and no work at import."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from starlette.concurrency import run_in_threadpool
 
 from index.gallery import Gallery
 from service import problems
 from service.decoding import Decoders
+from service.expiry import sweep
 from service.metrics import Metrics
 from service.middleware import (
     BodyLimitMiddleware,
     DrainMiddleware,
     KeyMiddleware,
     RequestMiddleware,
+    SpareMiddleware,
 )
 from service.parts import Parts, Slots
 from service.readiness import Readiness
 from service.routes import gallery as gallery_routes
+from service.routes import identities as identity_routes
 from service.routes import metrics as metrics_routes
 from service.routes import query as query_routes
 from service.routes import status as status_routes
@@ -67,6 +70,7 @@ def create_app(
         decoders=decoders or make_decoders(embedder, settings, processes=0),
         uploads=Slots(settings.limits.uploads, "uploads"),
         searches=Slots(settings.limits.searches, "searches"),
+        writes=Slots(settings.limits.writes, "writes"),
     )
     metrics.watch(queue=parts.worker.count_waiting, counts=gallery.counts)
     app = FastAPI(
@@ -74,7 +78,7 @@ def create_app(
     )
     app.state.parts = parts
     app.state.readiness = Readiness(parts)
-    for routes in (gallery_routes, query_routes, status_routes, metrics_routes):
+    for routes in (gallery_routes, identity_routes, query_routes, status_routes, metrics_routes):
         app.include_router(routes.router)
     problems.install(app)
     # The last one added is the outermost.
@@ -83,9 +87,11 @@ def create_app(
         BodyLimitMiddleware,
         upload_bytes=limits.request_bytes,
         other_bytes=8 * limits.metadata_bytes,
+        limit_s=limits.upload_s,
     )
     if settings.api_keys:
         app.add_middleware(KeyMiddleware, keys=settings.api_keys)
+    app.add_middleware(SpareMiddleware, limit=limits.connections)
     app.add_middleware(DrainMiddleware, limit_bytes=limits.request_bytes)
     app.add_middleware(RequestMiddleware, metrics=metrics)
     return app
@@ -113,13 +119,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start the worker and the decoders; at the end let them finish, then close the gallery."""
     parts: Parts = app.state.parts
     parts.worker.start()
-    await run_in_threadpool(parts.decoders.start)
+    await asyncio.to_thread(parts.decoders.start)
+    sweeping = asyncio.create_task(sweep(parts))
     try:
         yield
     finally:
-        await run_in_threadpool(parts.worker.close, parts.seconds_left())
-        await run_in_threadpool(parts.decoders.close)
-        parts.searchers.shutdown(wait=False, cancel_futures=True)
+        sweeping.cancel()
+        # Not in the pool of threads that routes use: they may all wait for a disk that hangs.
+        await asyncio.to_thread(parts.worker.close, parts.seconds_left())
+        parts.decoders.close()
+        for pool in (parts.searchers, parts.writers):
+            pool.shutdown(wait=False, cancel_futures=True)
         app.state.readiness.close()
-        await run_in_threadpool(parts.gallery.close)
+        await asyncio.to_thread(parts.gallery.close)
         log.info("stopped")

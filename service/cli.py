@@ -16,7 +16,8 @@ from index.gallery import GalleryError, GroupBy
 from model import cli as model_commands
 from model.checkpoint import BUNDLED
 from model.errors import ModelError
-from service.client import Client, ClientError, read_local
+from service import gallery_cli as gallery_commands
+from service.client import Client, ClientError, read_key, read_local
 from service.demo import run_demo
 from service.enrolment import Outcome, Task, enrol_all, plan_folder
 from service.errors import ServiceError
@@ -33,7 +34,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for _command in model_commands.app.registered_commands:
+for _command in (
+    *model_commands.app.registered_commands,
+    *gallery_commands.app.registered_commands,
+):
     app.registered_commands.append(_command)
 _console = Console(stderr=True)
 _out = Console()
@@ -88,7 +92,7 @@ def enroll(
         tasks = [Task(path, {name: value for name, value in given.items() if value is not None})]
     else:
         tasks = plan_folder(path, frozenset(camera) if camera else None)
-    with Client(server, _read_key(key_file)) as client:
+    with Client(server, read_key(key_file)) as client:
         outcomes, interrupted = _enrol_with_progress(client, tasks, concurrency)
     _report(outcomes, len(tasks))
     if interrupted:
@@ -175,7 +179,7 @@ def query(
     if explain:
         asked["explain"] = "true"
     local = read_local(path)
-    with Client(server, _read_key(key_file)) as client:
+    with Client(server, read_key(key_file)) as client:
         answer = client.query(local, asked)
         if picture is not None:
             strips = [client.strip(one["tracklet"]["tracklet_id"]) for one in answer["matches"]]
@@ -270,7 +274,7 @@ def bench(
         plan,
         output=output,
         console=_out,
-        key=_read_key(key_file),
+        key=read_key(key_file),
         most_tracklets=tracklets,
         least_gallery=gallery_check,
     )
@@ -289,15 +293,6 @@ def _read_rates(rate: float | None, rates: str | None) -> tuple[float, ...]:
     if not all(0 < one <= 10_000 for one in found):  # NaN is not either
         raise typer.BadParameter(f"expected rates in (0, 10000], got {text!r}")
     return found
-
-
-def _read_key(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ClientError(f"could not read the key file {path}: {error.strerror}") from error
 
 
 def main() -> None:

@@ -125,6 +125,17 @@ class Client:
         answer = self._request("GET", f"/gallery/{tracklet_id}/strip.jpg")
         return None if answer.status_code == 404 else _checked(answer).content
 
+    def assign(self, identity: str, tracklet_ids: Sequence[str]) -> int:
+        """Say that stored tracklets show an identity, all or none; returns how many are new to it.
+
+        Raises:
+            ClientError: The service refused, failed or could not be reached.
+        """
+        body = {"tracklet_ids": list(tracklet_ids)}
+        answer = _checked(self._request("POST", f"/identities/{identity}/tracklets", json=body))
+        changed: int = answer.json()["changed"]
+        return changed
+
     def ready(self) -> bool:
         """Whether the service says that it can do its work."""
         try:
@@ -151,6 +162,20 @@ class Client:
             wait = answer.headers.get("Retry-After", "1")
             time.sleep(min(int(wait) if wait.isdigit() else 1, 30))
         raise AssertionError("the loop returns or raises")
+
+
+def read_key(path: Path | None) -> str | None:
+    """A key from a file; None where there is no file.
+
+    Raises:
+        ClientError: It cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ClientError(f"could not read the key file {path}: {error.strerror}") from error
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:

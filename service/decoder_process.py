@@ -23,7 +23,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import numpy as np
@@ -37,25 +37,30 @@ HELLO = struct.Struct(">I")  # bytes of JSON
 READY = b"\1"
 REQUEST = struct.Struct(">?I")  # whether a strip is wanted; files
 FILE = struct.Struct(">BQ")  # which of FILE_FIELDS; bytes
-ANSWER = struct.Struct(">BIIQ32s")  # kind; frames used and received; bytes of the rest; digest
+# Kind; frames used and received; bytes of the rest; digest; shortest side, sharpness, brightness.
+ANSWER = struct.Struct(">BIIQ32sIdd")
 DECODED, REFUSED, FAILED = range(3)
 POSITION = np.dtype(">u4")
 # What one call may hand to the kernel is bounded (IOV_MAX, 1024).
-_BUFFERS = 512
+BUFFERS = 512
 
 
 def send_all(connection: socket.socket, buffers: Iterable[bytes | memoryview]) -> None:
     """Send buffers one behind the other, without copying them together first."""
     waiting = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
     while waiting:
-        sent = connection.sendmsg(waiting[:_BUFFERS])
-        done = 0
-        while done < len(waiting) and sent >= len(waiting[done]):
-            sent -= len(waiting[done])
-            done += 1
-        del waiting[:done]
-        if sent:
-            waiting[0] = waiting[0][sent:]
+        drop_sent(waiting, connection.sendmsg(waiting[:BUFFERS]))
+
+
+def drop_sent(waiting: list[memoryview], sent: int) -> None:
+    """Take from the front of buffers what the kernel has taken."""
+    done = 0
+    while done < len(waiting) and sent >= len(waiting[done]):
+        sent -= len(waiting[done])
+        done += 1
+    del waiting[:done]
+    if sent:
+        waiting[0] = waiting[0][sent:]
 
 
 def receive_into(connection: socket.socket, buffer: memoryview) -> None:
@@ -125,13 +130,14 @@ def _pack_answer(decoded: Decoded) -> list[bytes | memoryview]:
         tracklet.received,
         length,
         bytes.fromhex(decoded.content),
+        *astuple(decoded.quality),
     )
     return [head, tracklet.clip.data, positions, strip]
 
 
 def _pack_error(kind: int, told: str) -> list[bytes | memoryview]:
     content = told.encode("utf-8", "replace")
-    return [ANSWER.pack(kind, 0, 0, len(content), b""), content]
+    return [ANSWER.pack(kind, 0, 0, len(content), b"", 0, 0.0, 0.0), content]
 
 
 def _answer(

@@ -1,4 +1,4 @@
-"""What happens around every request: id, log line, key, bound on the body, last resort."""
+"""What happens around every request: id, log line, key, bounds on the body, last resort."""
 
 import asyncio
 import contextlib
@@ -13,9 +13,16 @@ from collections.abc import Sequence
 from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import PayloadTooLargeError, UnauthenticatedError
+from service.errors import (
+    DeadlineExceededError,
+    NotReadyError,
+    OverloadedError,
+    PayloadTooLargeError,
+    UnauthenticatedError,
+)
 from service.logs import begin_notes, request_id
 from service.metrics import UNKNOWN, Metrics
 from service.problems import KINDS, internal_problem, problem
@@ -23,6 +30,10 @@ from service.problems import KINDS, internal_problem, problem
 log = logging.getLogger("passerby.request")
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 DRAIN_S = 5.0
+# On a spare connection: so few are there that none may wait long for a slow client.
+SPARE_DRAIN_S = 0.5
+# Key of the scope's ``state`` that marks a connection beyond the bound on connections.
+SPARE_STATE = "spare_connection"
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # asked every few seconds
 UPLOAD_PATHS = frozenset({"/gallery", "/query", "/embed", "/verify"})
@@ -62,8 +73,13 @@ class RequestMiddleware:
         except ClientDisconnect:
             log.info("the client hung up", extra=running.end(HUNG_UP))
         except asyncio.CancelledError:
-            log.warning("cut off by the end of the service", extra=running.end(status or 500))
-            raise
+            # By uvicorn, which logs what it cancelled as a mistake and answers a plain 500.
+            if status != 0:
+                log.warning("cut off by the end of the service", extra=running.end(status))
+                raise
+            answer = _ended_problem()
+            log.warning("cut off by the end of the service", extra=running.end(503))
+            await answer(scope, receive, send_with_id)
         except Exception:
             answer = internal_problem()
             log.exception("unexpected error", extra=running.end(500))
@@ -73,6 +89,15 @@ class RequestMiddleware:
             quiet = scope["path"] in QUIET_PATHS and status == 200
             level = logging.DEBUG if quiet else logging.INFO
             log.log(level, "request", extra=running.end(status or 500))
+
+
+def _ended_problem() -> Response:
+    """The answer to what did not end within the grace."""
+    return problem(
+        KINDS[NotReadyError],
+        "the service stops before this has ended; what it was about to store may be stored or not",
+        headers={"Retry-After": str(NotReadyError.retry_after_s)},
+    )
 
 
 class _Running:
@@ -157,12 +182,16 @@ class BodyLimitMiddleware:
         app: What is behind it.
         upload_bytes: Of a multipart body at most.
         other_bytes: Of any other body at most.
+        limit_s: Seconds that a body may take to arrive, from when it is first asked for.
     """
 
-    def __init__(self, app: ASGIApp, *, upload_bytes: int, other_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, upload_bytes: int, other_bytes: int, limit_s: float
+    ) -> None:
         self._app = app
         self._upload_bytes = upload_bytes
         self._other_bytes = other_bytes
+        self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
@@ -176,20 +205,111 @@ class BodyLimitMiddleware:
             detail = f"expected a request of at most {limit_bytes} bytes, got {announced.decode()}"
             await problem(KINDS[PayloadTooLargeError], detail)(scope, receive, send)
             return
-        received = 0
+        body = _BoundedBody(receive, send, limit_bytes=limit_bytes, limit_s=self._limit_s)
+        await self._app(scope, body.receive, body.send)
+        if body.is_late:
+            detail = f"expected a body within {self._limit_s:g} s, it took longer"
+            await problem(KINDS[DeadlineExceededError], detail)(scope, receive, send)
 
-        async def receive_bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > limit_bytes:
-                # The one error that FastAPI lets through while it reads a JSON body.
-                raise HTTPException(
-                    413, f"expected a request of at most {limit_bytes} bytes, got more"
-                )
-            return message
 
-        await self._app(scope, receive_bounded, send)
+class _BoundedBody:
+    """A request's body on its way.
+
+    Args:
+        receive: The server's.
+        send: The server's.
+        limit_bytes: Of the body at most.
+        limit_s: Until its end, seconds.
+    """
+
+    is_late = False  # and nothing has been answered
+
+    def __init__(self, receive: Receive, send: Send, *, limit_bytes: int, limit_s: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._limit_bytes = limit_bytes
+        self._limit_s = limit_s
+        self._end: float | None = None  # on the loop's clock
+        self._is_whole = self._is_answered = False
+        self._received = 0
+
+    async def receive(self) -> Message:
+        """The next message, which comes in time (ASGI).
+
+        Raises:
+            HTTPException: The body is too long, or takes too long. It is the one error that FastAPI
+                lets through while it reads a JSON body.
+        """
+        message = await self._receive_in_time()
+        self._is_whole = not message.get("more_body", False)
+        self._received += len(message.get("body", b""))
+        if self._received > self._limit_bytes:
+            raise HTTPException(
+                413, f"expected a request of at most {self._limit_bytes} bytes, got more"
+            )
+        return message
+
+    async def _receive_in_time(self) -> Message:
+        if self._is_whole:  # what comes now is that the client hangs up, at any time
+            return await self._receive()
+        if self._end is None:
+            self._end = asyncio.get_running_loop().time() + self._limit_s
+        try:
+            async with asyncio.timeout_at(self._end):
+                return await self._receive()
+        except TimeoutError as error:
+            self.is_late = not self._is_answered
+            raise HTTPException(504) from error
+
+    async def send(self, message: Message) -> None:
+        """Pass an answer on (ASGI), but what the app makes of a late body."""
+        if not self.is_late:
+            self._is_answered = True
+            await self._send(message)
+
+
+class SpareMiddleware:
+    """Answers probes alone on connections beyond the bound, so that a full service is not ill.
+
+    Whatever it answers is the last answer there: the next probe needs the place.
+
+    Args:
+        app: What is behind it.
+        limit: The bound on connections, of which the refusal speaks.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI)."""
+        if scope["type"] != "http" or not _is_spare(scope):
+            await self._app(scope, receive, send)
+            return
+
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        if scope["path"] in QUIET_PATHS:
+            await self._app(scope, receive, send_last)
+            return
+        error = too_many_connections(self._limit)
+        headers = {"Retry-After": str(error.retry_after_s)}
+        answer = problem(KINDS[OverloadedError], str(error), headers=headers)
+        await answer(scope, receive, send_last)
+
+
+def _is_spare(scope: Scope) -> bool:
+    """Whether a request came on a connection beyond the bound."""
+    return SPARE_STATE in scope.get("state", ())
+
+
+def too_many_connections(limit: int) -> OverloadedError:
+    """What one hears who comes beyond the bound on connections."""
+    return OverloadedError(f"expected at most {limit} connections at a time, got more")
 
 
 class DrainMiddleware:
@@ -222,7 +342,7 @@ class DrainMiddleware:
             if message["type"] == "http.response.start" and is_sending:
                 taken = 0
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(DRAIN_S):
+                    async with asyncio.timeout(SPARE_DRAIN_S if _is_spare(scope) else DRAIN_S):
                         while is_sending and taken <= self._limit_bytes:
                             taken += len((await receive_noting()).get("body", b""))
             await send(message)

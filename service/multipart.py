@@ -1,6 +1,7 @@
 """A multipart body, read as it arrives and held once, under limits."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -38,12 +39,15 @@ class Form:
     files: dict[str, list[bytes]] = field(default_factory=dict)
 
 
-async def read_form(request: Request, limits: LimitSettings) -> Form:
+async def read_form(
+    request: Request, limits: LimitSettings, file_fields: Collection[str] = FILE_FIELDS
+) -> Form:
     """Read a multipart request, which `service.middleware` bounds as a whole.
 
     Args:
         request: With an unread body.
         limits: What it may hold.
+        file_fields: Names of the fields that hold files.
 
     Raises:
         UnsupportedMediaError: The body is not multipart/form-data.
@@ -60,7 +64,7 @@ async def read_form(request: Request, limits: LimitSettings) -> Form:
         )
     if not options.get(b"boundary"):
         raise InvalidRequestError("expected a multipart boundary in Content-Type, got none")
-    reader = _FormReader(options[b"boundary"], limits)
+    reader = _FormReader(options[b"boundary"], limits, file_fields)
     try:
         async for chunk in request.stream():
             reader.write(chunk)
@@ -74,8 +78,11 @@ async def read_form(request: Request, limits: LimitSettings) -> Form:
 class _FormReader:
     """Collects the parts that python-multipart announces, refusing early what is over a limit."""
 
-    def __init__(self, boundary: bytes, limits: LimitSettings) -> None:
+    def __init__(
+        self, boundary: bytes, limits: LimitSettings, file_fields: Collection[str]
+    ) -> None:
         self._limits = limits
+        self._file_fields = file_fields
         self._form = Form()
         self._finished = False
         self._header_name = b""
@@ -130,16 +137,17 @@ class _FormReader:
         self._name = name.decode("utf-8", "replace")
         # Not by the file name: a client library may leave it out, and what it says is not to be
         # trusted.
-        self._is_file = self._name in FILE_FIELDS
+        self._is_file = self._name in self._file_fields
         # So a browser sends a file input that was left blank.
         self._is_blank = file_name == b""
         if not self._is_file and file_name is not None:
             raise ValidationError(
-                f"expected files in the fields {', '.join(FILE_FIELDS)}, got one in {self._name!r}",
+                f"expected files in the fields {', '.join(self._file_fields)}, "
+                f"got one in {self._name!r}",
                 f"/{self._name}",
             )
-        files = self._form.files.get("frames", ())
-        if self._name == "frames" and len(files) >= self._limits.frames:
+        files = self._form.files.get(self._name, ())
+        if self._name.endswith("frames") and len(files) >= self._limits.frames:
             raise TooManyFramesError(f"expected at most {self._limits.frames} frames, got more")
 
     def _add_content(self, data: bytes, start: int, end: int) -> None:

@@ -3,38 +3,52 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from fastapi import Depends, Request
 from starlette.requests import ClientDisconnect
 
-from index.gallery import Filters, Gallery, GroupBy, InvalidEmbeddingError, SearchResult
+from index.gallery import (
+    Embeddings,
+    Filters,
+    Gallery,
+    GroupBy,
+    InvalidEmbeddingError,
+    SearchResult,
+)
 from service.decoding import Decoders
 from service.errors import (
     DeadlineExceededError,
     NotReadyError,
     OverloadedError,
+    ServiceError,
     ValidationError,
 )
 from service.limits import FILE_FIELDS
 from service.logs import note
 from service.metrics import Metrics
+from service.minimums import check_agreement, check_frames
 from service.multipart import Form, read_form
-from service.schemas import FrameCounts
+from service.schemas import FrameCounts, QualityBody
 from service.settings import LimitSettings, Settings
-from service.uploads import DecodedTracklet
+from service.uploads import Decoded, DecodedTracklet
 from service.worker import Embedded, Embedder, EmbeddingWorker
 
 Result = TypeVar("Result")
+# Of the fields of a request that brings two uploads.
+PAIR_PREFIXES = ("a_", "b_")
+Given = ParamSpec("Given")
 # So many searches share a call of the index; more threads would only wait.
 SEARCHERS = 16
+# So many writes wait for the disk together; the gallery does one at a time.
+WRITERS = 8
 # A server that tells of a client again and again without news must not keep the loop busy.
 _ASK_AGAIN_S = 0.05
 
@@ -81,6 +95,15 @@ class Slots:
                 self._taken -= 1
 
 
+def _threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads that are all there from the beginning, so that a service that runs does not grow."""
+    pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+    together = threading.Barrier(count)
+    for _ in range(count):  # each waits for the others, so none is used twice
+        pool.submit(together.wait)
+    return pool
+
+
 @dataclass(slots=True)
 class Parts:
     """The parts that were handed to the app, and those made of them.
@@ -94,7 +117,9 @@ class Parts:
         decoders: Make frames of uploads.
         uploads: Bounds uploads in memory.
         searches: Bounds searches that run or wait.
+        writes: Bounds changes of the gallery that run or wait.
         searchers: Threads that search.
+        writers: Threads that change the gallery: a disk that hangs takes no others.
         stop_at: When all must have ended, in seconds of `time.monotonic`; None while it serves.
         patching: Held from reading a record to writing its change, so that none is lost.
     """
@@ -107,9 +132,9 @@ class Parts:
     decoders: Decoders
     uploads: Slots
     searches: Slots
-    searchers: ThreadPoolExecutor = field(
-        default_factory=partial(ThreadPoolExecutor, SEARCHERS, thread_name_prefix="searcher")
-    )
+    writes: Slots
+    searchers: ThreadPoolExecutor = field(default_factory=lambda: _threads(SEARCHERS, "searcher"))
+    writers: ThreadPoolExecutor = field(default_factory=lambda: _threads(WRITERS, "writer"))
     stop_at: float | None = None
     patching: threading.Lock = field(default_factory=threading.Lock)
 
@@ -132,8 +157,11 @@ class Parts:
         if self.stop_at is not None:
             raise NotReadyError("the service is stopping")
 
-    def refuse_when_full(self) -> None:
+    def refuse_when_full(self, last: Slots | None = None) -> None:
         """Return while every stage behind an upload has room: why take what will be refused.
+
+        Args:
+            last: Bounds the stage behind the worker, where there is one.
 
         Raises:
             NotReadyError: The service is stopping.
@@ -142,7 +170,8 @@ class Parts:
         """
         self.check_not_stopping()
         self.worker.refuse_when_full(self.settings.queue.deadline_s)
-        self.searches.refuse_when_full()
+        if last is not None:
+            last.refuse_when_full()
 
 
 @dataclass(slots=True)
@@ -168,17 +197,20 @@ class Upload:
 
     Args:
         fields: Its text fields.
-        tracklet: Its frames.
-        content: Digest of its files.
-        strip: Its film strip, where one was asked for.
+        decoded: Its frames, and what comes with them.
         timing: Running.
+        deadline: Until when it has to be embedded, in seconds of the event loop's clock.
     """
 
     fields: dict[str, str]
-    tracklet: DecodedTracklet
-    content: str
-    strip: bytes | None
+    decoded: Decoded
     timing: Timing
+    deadline: float
+
+    @property
+    def tracklet(self) -> DecodedTracklet:
+        """Its frames."""
+        return self.decoded.tracklet
 
 
 async def get_parts(request: Request) -> Parts:
@@ -191,49 +223,126 @@ async def get_parts(request: Request) -> Parts:
 PartsDep = Annotated[Parts, Depends(get_parts)]
 
 
-async def receive(request: Request, parts: Parts, *, with_strip: bool = False) -> Upload:
+async def receive(
+    request: Request, parts: Parts, *, last: Slots | None = None, with_strip: bool = False
+) -> Upload:
     """Read and decode the tracklet of a request, under the limits.
+
+    Args:
+        request: With an unread body.
+        parts: Of the service.
+        last: Bounds the stage behind the worker, where there is one.
+        with_strip: Draw the film strip, too.
 
     Raises:
         ServiceError: A stage is full, the service stops, or the upload is refused.
+        DeadlineExceededError: Also where no decoder had time for it.
         ClientDisconnect: The client has hung up.
     """
-    parts.refuse_when_full()
+    parts.refuse_when_full(last)
     settings = parts.settings
     with parts.uploads.take():
         form = await _read_in_time(request, settings.limits)
         timing = Timing()
-        decoding = parts.decoders.decode(form.files, with_strip=with_strip)
-        tracklet, content, strip = await while_connected(request, decoding)
-        seconds = time.perf_counter() - timing.started
+        deadline = asyncio.get_running_loop().time() + settings.queue.deadline_s
+        async with _while_connected(request), _until(deadline, parts):
+            decoded = await parts.decoders.decode(form.files, with_strip=with_strip)
+        _observe_decoding(parts, timing)
+    check_frames(decoded, settings.quality)
+    return Upload(form.fields, decoded, timing, deadline)
+
+
+async def receive_pair(request: Request, parts: Parts) -> tuple[Upload, Upload]:
+    """Read and decode the two tracklets of a request, whose fields begin with `PAIR_PREFIXES`.
+
+    Raises:
+        ServiceError: See `receive`; the message says of which upload, where it is one's.
+        ClientDisconnect: The client has hung up.
+    """
+    parts.refuse_when_full()
+    settings = parts.settings
+    fields = [prefix + name for prefix in PAIR_PREFIXES for name in FILE_FIELDS]
+    with parts.uploads.take():
+        form = await _read_in_time(request, settings.limits, fields)
+        _refuse_fields(form.fields, fields)
+        timing = Timing()
+        deadline = asyncio.get_running_loop().time() + settings.queue.deadline_s
+        async with _while_connected(request), _until(deadline, parts):
+            a, b = await asyncio.gather(
+                *(_decode_one_of_two(parts, form.files, prefix) for prefix in PAIR_PREFIXES)
+            )
+        _observe_decoding(parts, timing)
+    return Upload({}, a, timing, deadline), Upload({}, b, timing, deadline)
+
+
+async def _decode_one_of_two(parts: Parts, files: dict[str, list[bytes]], prefix: str) -> Decoded:
+    own = {name: files.get(prefix + name, []) for name in FILE_FIELDS}
+    try:
+        decoded = await parts.decoders.decode(own)
+        check_frames(decoded, parts.settings.quality)
+    except ValidationError as error:
+        pointer = f"/{prefix}{error.pointer.removeprefix('/')}"
+        raise ValidationError(f"upload {prefix[:1]}: {error}", pointer) from error
+    except ServiceError as error:
+        raise type(error)(f"upload {prefix[:1]}: {error}") from error
+    return decoded
+
+
+def _observe_decoding(parts: Parts, timing: Timing) -> None:
+    seconds = time.perf_counter() - timing.started
     timing.decode = seconds * 1000
     note(decode_ms=round(timing.decode, 3))
     parts.metrics.observe_decode(seconds)
-    return Upload(form.fields, tracklet, content, strip, timing)
 
 
-async def while_connected(request: Request, work: Awaitable[Result]) -> Result:
-    """Await something for as long as there is somebody to tell.
+@asynccontextmanager
+async def _while_connected(request: Request) -> AsyncIterator[None]:
+    """Go on for as long as there is somebody to tell.
 
     Args:
         request: With its body read.
-        work: Cancelled when the client hangs up.
 
     Raises:
-        ClientDisconnect: It has.
+        ClientDisconnect: The client has hung up; what was awaited has been cancelled.
     """
-    working = asyncio.ensure_future(work)
+    task = asyncio.current_task()
     hanging_up = asyncio.ensure_future(_hang_up(request))
-    hanging_up.add_done_callback(lambda _: working.cancel())
+    ended = False
+
+    def cancel(hung_up: "asyncio.Task[None]") -> None:
+        if task is not None and not ended and not hung_up.cancelled():
+            task.cancel()
+
+    hanging_up.add_done_callback(cancel)
     try:
-        return await working
+        yield
     except asyncio.CancelledError:
-        if hanging_up.done():
+        has_hung_up = hanging_up.done() and not hanging_up.cancelled()
+        if task is not None and has_hung_up and not task.uncancel():
             raise ClientDisconnect from None
         raise  # whoever awaits this was cancelled
     finally:
-        working.cancel()
+        ended = True
         hanging_up.cancel()
+
+
+@asynccontextmanager
+async def _until(deadline: float, parts: Parts) -> AsyncIterator[None]:
+    """Go on until a time of the event loop's clock.
+
+    Raises:
+        DeadlineExceededError: It has come.
+    """
+    try:
+        async with asyncio.timeout_at(deadline) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceededError(
+            f"expected an embedding within {parts.settings.queue.deadline_s:g} s, "
+            "the service took longer"
+        ) from error
 
 
 async def _hang_up(request: Request) -> None:
@@ -242,31 +351,37 @@ async def _hang_up(request: Request) -> None:
         await asyncio.sleep(_ASK_AGAIN_S)
 
 
-async def _read_in_time(request: Request, limits: LimitSettings) -> Form:
+async def _read_in_time(
+    request: Request, limits: LimitSettings, file_fields: Sequence[str] = FILE_FIELDS
+) -> Form:
     """Read a form; a client that stops sending must not keep its place for ever."""
     try:
         async with asyncio.timeout(limits.upload_s):
-            return await read_form(request, limits)
+            return await read_form(request, limits, file_fields)
     except TimeoutError as error:
         raise DeadlineExceededError(
             f"expected an upload within {limits.upload_s:g} s, it took longer"
         ) from error
 
 
-async def receive_bare(request: Request, parts: Parts) -> Upload:
-    """Read and decode a tracklet that comes without further fields.
+async def receive_bare(request: Request, parts: Parts, *, last: Slots | None = None) -> Upload:
+    """Read and decode a tracklet that comes without further fields, see `receive`.
 
     Raises:
         ServiceError: Likewise, or there are fields: they would be ignored.
     """
-    upload = await receive(request, parts)
-    for name, value in upload.fields.items():
+    upload = await receive(request, parts, last=last)
+    _refuse_fields(upload.fields, FILE_FIELDS)
+    return upload
+
+
+def _refuse_fields(fields: dict[str, str], expected: Sequence[str]) -> None:
+    for name, value in fields.items():
         if value:  # an HTML form sends the fields that were left blank as well
             raise ValidationError(
-                f"expected {', '.join(FILE_FIELDS)} alone in the form, got a field {name!r}",
+                f"expected {', '.join(expected)} alone in the form, got a field {name!r}",
                 f"/{name}",
             )
-    return upload
 
 
 async def embed(
@@ -278,39 +393,64 @@ async def embed(
         OverloadedError: The queue is full.
         DeadlineExceededError: It took longer than the deadline.
         WorkerUnavailableError: The worker is gone, or failed at it.
+        ValidationError: The frames disagree more than they may.
         InvalidEmbeddingError: What it made is not finite; JSON would carry it as null.
         ClientDisconnect: The client has hung up; its tracklet has left the queue.
     """
-    deadline_s = parts.settings.queue.deadline_s
-    future = parts.worker.submit(
-        upload.tracklet.clip, deadline_s=deadline_s, with_attention=with_attention
-    )
-    try:
-        embedding = asyncio.wait_for(asyncio.wrap_future(future), deadline_s)
-        embedded = await while_connected(request, embedding)
-    except TimeoutError as error:
-        raise DeadlineExceededError(
-            f"expected an embedding within {deadline_s:g} s, the service took longer"
-        ) from error
-    if not np.isfinite(embedded.result.embedding).all():
-        raise InvalidEmbeddingError("expected a finite embedding, got NaN or infinity")
-    upload.timing.queue = embedded.queue_s * 1000
-    upload.timing.embed = embedded.embed_s * 1000
-    note(queue_ms=round(upload.timing.queue, 3), embed_ms=round(upload.timing.embed, 3))
+    [embedded] = await embed_all(request, parts, [upload], with_attention=with_attention)
     return embedded
+
+
+async def embed_all(
+    request: Request, parts: Parts, uploads: Sequence[Upload], *, with_attention: bool = False
+) -> list[Embedded]:
+    """Have the worker embed the uploads of one request, together; see `embed`."""
+    deadline, timing = uploads[0].deadline, uploads[0].timing
+    left_s = deadline - asyncio.get_running_loop().time()
+    async with _while_connected(request), _until(deadline, parts):
+        made = await asyncio.gather(
+            *(
+                asyncio.wrap_future(
+                    parts.worker.submit(
+                        one.tracklet.clip, deadline_s=left_s, with_attention=with_attention
+                    )
+                )
+                for one in uploads
+            )
+        )
+    for embedded in made:
+        if not np.isfinite(embedded.result.embedding).all():
+            raise InvalidEmbeddingError("expected a finite embedding, got NaN or infinity")
+        check_agreement(embedded.result.frame_distance, parts.settings.quality)
+    timing.queue = 1000 * max(one.queue_s for one in made)
+    timing.embed = 1000 * max(one.embed_s for one in made)
+    note(queue_ms=round(timing.queue, 3), embed_ms=round(timing.embed, 3))
+    return made
+
+
+class Found(NamedTuple):
+    """What a search came to.
+
+    Args:
+        result: The gallery's answer.
+        threshold: Greatest distance that is a match; None while none is set.
+    """
+
+    result: SearchResult
+    threshold: float | None
 
 
 async def search(
     parts: Parts,
-    upload: Upload,
-    embedded: Embedded,
+    timing: Timing,
+    embedding: Embeddings,
     *,
     top_k: int,
     group_by: GroupBy,
     filters: Filters,
     max_distance: float | None,
-) -> SearchResult:
-    """Search the gallery for an upload, in a thread; see `index.gallery.Gallery.search`.
+) -> Found:
+    """Search the gallery, in a thread; see `index.gallery.Gallery.search`.
 
     Raises:
         OverloadedError: Too many searches run or wait.
@@ -318,25 +458,68 @@ async def search(
     """
     with parts.searches.take():
         started = time.perf_counter()
-        work = partial(
-            parts.gallery.search,
-            embedded.result.embedding,
-            model=parts.embedder.model,
-            top_k=top_k,
-            group_by=group_by,
-            filters=filters,
-            max_distance=max_distance,
-        )
+
+        def work() -> Found:
+            result = parts.gallery.search(
+                embedding,
+                model=parts.embedder.model,
+                top_k=top_k,
+                group_by=group_by,
+                filters=filters,
+                max_distance=max_distance,
+            )
+            return Found(result, threshold_of(parts))
+
         loop = asyncio.get_running_loop()
         # What is logged there belongs to this request.
         found = await loop.run_in_executor(parts.searchers, copy_context().run, work)
         seconds = time.perf_counter() - started
-    upload.timing.search = seconds * 1000
-    note(search_ms=round(upload.timing.search, 3))
+    timing.search = seconds * 1000
+    note(search_ms=round(timing.search, 3))
     parts.metrics.observe_search(seconds)
     return found
+
+
+def threshold_of(parts: Parts) -> float | None:
+    """Greatest distance that is a match: the setting's, or the calibrated one; reads the store."""
+    if (chosen := parts.settings.threshold) is not None:
+        return chosen
+    calibration = parts.gallery.calibration()
+    return None if calibration is None else calibration.threshold
+
+
+async def write(
+    parts: Parts, work: Callable[Given, Result], /, *given: Given.args, **named: Given.kwargs
+) -> Result:
+    """Change the gallery, in a thread that does nothing else.
+
+    Args:
+        parts: Of the service.
+        work: What to call.
+        *given: What with.
+        **named: Likewise.
+
+    Raises:
+        OverloadedError: Too many changes run or wait.
+        GalleryError: The gallery refuses or fails.
+    """
+    with parts.writes.take():
+        call = partial(copy_context().run, work, *given, **named)
+        return await asyncio.get_running_loop().run_in_executor(parts.writers, call)
 
 
 def frame_counts(tracklet: DecodedTracklet) -> FrameCounts:
     """The ``frames`` member of an answer."""
     return FrameCounts(received=tracklet.received, used=len(tracklet.positions))
+
+
+def quality_of(upload: Upload, embedded: Embedded) -> QualityBody:
+    """The ``quality`` member of an answer."""
+    seen = upload.decoded.quality
+    return QualityBody(
+        frames=len(upload.tracklet.positions),
+        shortest_side=seen.shortest_side,
+        sharpness=round(seen.sharpness, 2),
+        brightness=round(seen.brightness, 4),
+        frame_distance=round(embedded.result.frame_distance, 4),
+    )

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from index import gallery
+from index.calibration import CalibrationError
 from model import errors as model_errors
 from service import errors
 from service.logs import note, request_id
@@ -40,6 +41,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     errors.UnauthenticatedError: Kind(401, "unauthenticated", "A key is needed"),
     gallery.NotFoundError: Kind(404, "not-found", "There is no such thing"),
     gallery.DuplicateTrackletError: Kind(409, "already-exists", "The tracklet id is taken"),
+    gallery.DuplicateIdentityError: Kind(409, "already-exists", "The identity's name is taken"),
     errors.AlreadyExistsError: Kind(409, "already-exists", "The tracklet id is taken"),
     gallery.ModelMismatchError: Kind(409, "model-mismatch", "The gallery is of another model"),
     errors.PayloadTooLargeError: Kind(413, "payload-too-large", "The upload is over a limit"),
@@ -49,6 +51,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     errors.UndecodableFrameError: Kind(422, "undecodable-frame", "A frame cannot be decoded"),
     errors.NoUsableFramesError: Kind(422, "no-usable-frames", "The upload holds no frame"),
     errors.OverloadedError: Kind(429, "overloaded", "The queue is full"),
+    CalibrationError: Kind(500, "internal-error", "The service made a mistake"),
     gallery.InvalidEmbeddingError: Kind(500, "internal-error", "The service made a mistake"),
     model_errors.InvalidFramesError: Kind(500, "internal-error", "The service made a mistake"),
     errors.NotReadyError: Kind(503, "not-ready", "The service is not ready"),

@@ -1,8 +1,8 @@
 """Whether the service can do its work: every part is asked, and none may keep the probe waiting."""
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from index.gallery import GalleryError
 from service.errors import ServiceError
@@ -20,42 +20,43 @@ class Readiness:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self._service = _Question(parts.check_not_stopping)
-        self._asked = {
-            "worker": _Question(parts.worker.check),
+        # A thread each, so that none waits for another's.
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="readiness") for _ in range(2)]
+        worker, store = self._threads
+        self._questions = {
+            "service": _Question(_at_once(parts.check_not_stopping)),
+            "worker": _Question(_in_thread(worker, parts.worker.check)),
             "decoders": _Question(parts.decoders.check),
-            "store": _Question(parts.gallery.check),
+            "store": _Question(_in_thread(store, parts.gallery.check)),
         }
 
     async def ask(self) -> dict[str, str]:
         """What each part says: "ok", or what is wrong with it."""
-        questions = {"service": self._service, **self._asked}
-        answers = await asyncio.gather(*(one.ask() for one in questions.values()))
-        return dict(zip(questions, answers, strict=True))
+        answers = await asyncio.gather(*(one.ask() for one in self._questions.values()))
+        return dict(zip(self._questions, answers, strict=True))
 
     def close(self) -> None:
         """Ask nobody any more."""
-        for one in (self._service, *self._asked.values()):
-            one.close()
+        for one in self._threads:
+            one.shutdown(wait=False, cancel_futures=True)
 
 
 class _Question:
-    """One part's check, asked by one thread.
+    """One part's check.
 
     While it has not answered it is not asked again: a disk that hangs must not take a thread for
     each probe.
     """
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self, check: Callable[[], Awaitable[None]]) -> None:
         self._check = check
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="readiness")
-        self._asked: Future[None] | None = None
+        self._asked: asyncio.Future[None] | None = None
 
     async def ask(self) -> str:
         if self._asked is None or self._asked.done():
-            self._asked = self._thread.submit(self._check)
-        answer = asyncio.wrap_future(self._asked)
-        answer.add_done_callback(_note_seen)
+            self._asked = asyncio.ensure_future(self._check())
+            self._asked.add_done_callback(_note_seen)
+        answer = self._asked
         done, _ = await asyncio.wait((answer,), timeout=ANSWER_S)
         if not done:
             return f"expected an answer within {ANSWER_S:g} s, got none"
@@ -65,8 +66,18 @@ class _Question:
             return str(error)
         return "ok"
 
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+
+def _at_once(check: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    async def asked() -> None:
+        check()
+
+    return asked
+
+
+def _in_thread(
+    thread: ThreadPoolExecutor, check: Callable[[], None]
+) -> Callable[[], Awaitable[None]]:
+    return lambda: asyncio.get_running_loop().run_in_executor(thread, check)
 
 
 def _note_seen(answer: "asyncio.Future[None]") -> None:

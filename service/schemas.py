@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -17,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from index.gallery import Filters, GroupBy, TrackletRecord
+from index.gallery import Filters, GroupBy, IdentitySummary, TrackletRecord
 
 ID_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
 Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
@@ -125,6 +126,22 @@ class FrameCounts(Body):
     used: int = Field(ge=1)
 
 
+class QualityBody(Body):
+    """What helps a person to judge whether an answer can be trusted."""
+
+    frames: int = Field(ge=1, description="Frames that made the embedding.")
+    shortest_side: int = Field(ge=1, description="Of the smallest of them as it was sent, pixels.")
+    sharpness: float = Field(
+        ge=0, description="Variance of the Laplacian at the network's size; small is blurred."
+    )
+    brightness: float = Field(ge=0, le=1, description="0 is black, 1 is white.")
+    frame_distance: float = Field(
+        ge=0,
+        description="Mean Euclidean distance of the frames' embeddings to the tracklet's: large "
+        "where a tracker has changed to another person on the way.",
+    )
+
+
 class RecordBody(Body):
     """A stored tracklet."""
 
@@ -140,6 +157,10 @@ class RecordBody(Body):
     model: str = Field(description="Fingerprint of the checkpoint that embedded it.")
     created_at: str
     content: str = Field(description="SHA-256 of the uploaded frames, hex.")
+    expires_at: str | None = Field(None, description="When it is erased.")
+    quality: QualityBody | None = Field(
+        None, description="Null where it was enrolled before qualities were kept."
+    )
 
     @classmethod
     def of(cls, record: TrackletRecord) -> Self:
@@ -155,6 +176,8 @@ class RecordBody(Body):
             model=record.model,
             created_at=format_time(record.created_at) or "",
             content=record.content.partition(":")[0],
+            expires_at=format_time(record.expires_at),
+            quality=None if record.quality is None else QualityBody(**record.quality),
         )
 
 
@@ -179,6 +202,7 @@ class EnrolFields(Body):
     start_time: Time | None = None
     end_time: Time | None = None
     metadata: Metadata = Field(default_factory=dict)
+    expires_at: Time | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -208,6 +232,7 @@ class PatchBody(Body):
     start_time: Time | None = None
     end_time: Time | None = None
     metadata: Metadata | None = None
+    expires_at: Time | None = None
 
     def changes(self, record: TrackletRecord) -> dict[str, Any]:
         """New values by field name.
@@ -238,11 +263,16 @@ def merge(target: Any, patch: Any) -> Any:
     return merged
 
 
-class ListParameters(Body):
-    """Which page of which records."""
+class PageParameters(Body):
+    """Which page."""
 
     limit: int = Field(100, ge=1, le=1000, description="Items on a page at most.")
-    cursor: str | None = Field(None, max_length=256, description="From the page before.")
+    cursor: str | None = Field(None, max_length=1024, description="From the page before.")
+
+
+class ListParameters(PageParameters):
+    """Which page of which records."""
+
     identity: Id | None = Field(None, description="Only this identity.")
     camera: CameraId | None = Field(None, description="Only this camera.")
     since: Time | None = Field(None, description="Only what starts at or after this time.")
@@ -264,7 +294,7 @@ class NoParameters(Body):
     """For routes without any: one that would be ignored is a mistake, and refused."""
 
 
-class QueryParameters(Body):
+class SearchParameters(Body):
     """What to search for, and where."""
 
     top_k: int = Field(10, ge=1, le=500, description="Matches at most.")
@@ -276,16 +306,22 @@ class QueryParameters(Body):
     max_distance: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Leave out matches farther than this."
     )
-    explain: bool = Field(False, description="Answer where the network looked in each used frame.")
 
-    def filters(self) -> Filters:
+    def filters(self, *, exclude_tracklets: frozenset[str] = frozenset()) -> Filters:
         """As the gallery takes them."""
         return Filters(
             cameras=frozenset(self.camera) or None,
             exclude_cameras=frozenset(self.exclude_camera),
             since=self.since,
             until=self.until,
+            exclude_tracklets=exclude_tracklets,
         )
+
+
+class QueryParameters(SearchParameters):
+    """The same, of an upload."""
+
+    explain: bool = Field(False, description="Answer where the network looked in each used frame.")
 
 
 class MatchBody(Body):
@@ -328,6 +364,7 @@ class QueryBody(Body):
     searched: int = Field(ge=0, description="Tracklets that the filters let through.")
     model: str
     frames: FrameCounts
+    quality: QualityBody | None
     timing_ms: TimingBody
     attention: list[AttentionBody] | None = None
 
@@ -339,7 +376,101 @@ class EmbedBody(Body):
     dim: int
     model: str
     frames: FrameCounts
+    quality: QualityBody
     timing_ms: TimingBody
+
+
+class SideBody(Body):
+    """What is known of one of two uploads."""
+
+    frames: FrameCounts
+    quality: QualityBody
+
+
+class VerifyBody(Body):
+    """Whether two tracklets show the same person."""
+
+    distance: float = Field(ge=0, description="Euclidean, not squared.")
+    same: bool | None = Field(
+        description="The distance against the threshold; null while none is set."
+    )
+    threshold: float | None
+    model: str
+    a: SideBody
+    b: SideBody
+    timing_ms: TimingBody
+
+
+class IdentityBody(Body):
+    """What is known of an identity."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"identity": "p17", "tracklets": 4, "cameras": ["c1", "c2"]}]
+        },
+    )
+
+    identity: Id
+    tracklets: int = Field(ge=1, description="How many show it.")
+    cameras: list[CameraId] = Field(description="Where it was seen, sorted.")
+
+    @classmethod
+    def of(cls, summary: IdentitySummary) -> Self:
+        """The body of a summary."""
+        return cls(
+            identity=summary.identity,
+            tracklets=summary.tracklets,
+            cameras=list(summary.cameras),
+        )
+
+
+class IdentitiesBody(Body):
+    """One page of identities, in the order of their names."""
+
+    items: list[IdentityBody]
+    next_cursor: str | None = Field(description="Pass it as `cursor`; null on the last page.")
+
+
+class RenameBody(Body):
+    """Another name for an identity."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"identity": "p18"}]})
+
+    identity: Id
+
+
+class MergeBody(Body):
+    """Into which identity another one goes."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"into": "p17"}]})
+
+    into: Id
+
+
+class AssignBody(Body):
+    """Tracklets that show one identity."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"tracklet_ids": ["01JDA3Y3GZ5T8W4T0V6M2QH7RN"]}]},
+    )
+
+    tracklet_ids: list[Id] = Field(min_length=1, max_length=1000)
+
+
+class AssignedBody(Body):
+    """What has become of them."""
+
+    identity: Id
+    changed: int = Field(ge=0, description="Of how many something else was said before.")
+
+
+class ErasedBody(Body):
+    """What was erased."""
+
+    identity: Id
+    tracklets: list[Id] = Field(description="Their ids, in the order of enrolment.")
 
 
 class ProblemBody(BaseModel):
@@ -377,20 +508,31 @@ _ENROL_SCHEMA: dict[str, Any] = {
     "start_time": {"type": "string", "format": "date-time"},
     "end_time": {"type": "string", "format": "date-time"},
     "metadata": {"type": "string", "description": "A JSON object.", "examples": ['{"gate": 4}']},
+    "expires_at": {
+        "type": "string",
+        "format": "date-time",
+        "description": "When it is erased, to the minute.",
+    },
 }
 
 
-def upload_body(*, with_fields: bool = False) -> dict[str, Any]:
-    """The OpenAPI description of a tracklet upload."""
-    properties = {**UPLOAD_SCHEMA, **(_ENROL_SCHEMA if with_fields else {})}
+def upload_body(*, with_fields: bool = False, prefixes: Sequence[str] = ("",)) -> dict[str, Any]:
+    """The OpenAPI description of a tracklet upload, or of one for each prefix."""
+    properties = {p + name: one for p in prefixes for name, one in UPLOAD_SCHEMA.items()}
+    if with_fields:
+        properties |= _ENROL_SCHEMA
+    each = "Exactly one of frames, archive and video"
     return {
         "requestBody": {
             "required": True,
-            "description": "Exactly one of frames, archive and video.",
+            "description": f"{each}{', for each prefix' if len(prefixes) > 1 else ''}.",
             "content": {
                 "multipart/form-data": {
                     "schema": {"type": "object", "properties": properties},
-                    "encoding": {"frames": {"contentType": "image/*", "style": "form"}},
+                    "encoding": {
+                        f"{prefix}frames": {"contentType": "image/*", "style": "form"}
+                        for prefix in prefixes
+                    },
                 }
             },
         }

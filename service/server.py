@@ -1,19 +1,16 @@
 """Start and stop the service: its parts from the settings, the process around them."""
 
-import asyncio
 import contextlib
 import logging
 import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from index.embedded import EmbeddedGallery
 from model.checkpoint import (
@@ -25,11 +22,9 @@ from model.checkpoint import (
 from model.cores import available_cores
 from model.embedder import Embedder
 from service.app import create_app, make_decoders
-from service.errors import OverloadedError
-from service.logs import flush_logs, request_id
-from service.metrics import Metrics
+from service.connections import SPARE, Connections, allow_descriptors
+from service.logs import flush_logs
 from service.parts import Parts
-from service.problems import KINDS, problem
 from service.settings import UNTRAINED, Settings
 from service.worker import Embedder as ServedEmbedder
 from service.worker import EmbeddingWorker
@@ -125,43 +120,6 @@ def _end_anyway() -> None:
     os._exit(0)
 
 
-def _bounded(limit: int, metrics: Metrics) -> type[asyncio.Protocol]:
-    """Uvicorn's protocol for so many connections; a further one is told so, and closed.
-
-    Uvicorn's own bound answers 503, which says that the service is broken.
-    """
-
-    class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            if len(self.connections) >= limit:
-                self.transport = transport
-                transport.write(_too_many(limit))
-                transport.close()
-                metrics.reject(KINDS[OverloadedError].slug)
-                return
-            super().connection_made(transport)
-
-    return BoundedProtocol
-
-
-def _too_many(limit: int) -> bytes:
-    """The answer to one connection too many."""
-    error = OverloadedError(f"expected fewer than {limit} connections at a time, got more")
-    token = request_id.set(uuid.uuid4().hex)
-    answer = problem(
-        KINDS[OverloadedError],
-        str(error),
-        headers={
-            "Retry-After": str(error.retry_after_s),
-            "X-Request-ID": request_id.get() or "",
-            "Connection": "close",
-        },
-    )
-    request_id.reset(token)
-    lines = [b"HTTP/1.1 429 Too Many Requests", *(b": ".join(one) for one in answer.raw_headers)]
-    return b"\r\n".join([*lines, b"", bytes(answer.body)])
-
-
 def _watch(worker: EmbeddingWorker, server: _Server) -> None:
     """End the process once its worker is lost, so that whatever supervises it starts another one.
 
@@ -230,13 +188,15 @@ def run(settings: Settings, embedder: ServedEmbedder | None = None) -> NoReturn:
         app,
         host=settings.host,
         port=settings.port,
-        http=_bounded(settings.limits.connections, parts.metrics),
+        http=Connections(settings.limits, parts.metrics).protocol(),
+        ws="none",  # nothing here speaks it, and it would leave the bounds on connections
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=CLOSING_S,
     )
     server = _Server(config, parts)
+    allow_descriptors(settings.limits.connections + SPARE)
     watched = (parts.worker, server)
     threading.Thread(target=_watch, args=watched, name="watchdog", daemon=True).start()
     server.run()

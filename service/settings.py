@@ -44,7 +44,7 @@ class QueueSettings(_Group):
         32, ge=1, description="Tracklets that may wait for the worker; one more gets 429."
     )
     deadline_s: float = Field(
-        60.0, gt=0, description="Seconds a tracklet may wait for its embedding; then it gets 504."
+        60.0, gt=0, description="Seconds from an upload's last byte to its embedding; then 504."
     )
 
 
@@ -66,8 +66,35 @@ class LimitSettings(_Group):
     searches: int = Field(
         64, ge=1, description="Searches that may run or wait at a time; one more gets 429."
     )
+    writes: int = Field(
+        64, ge=1, description="Changes of the gallery that may run or wait; one more gets 429."
+    )
     connections: int = Field(
         1000, ge=1, description="Connections at a time; one more gets 429 and is closed."
+    )
+
+
+class QualitySettings(_Group):
+    """What a tracklet must be like to be enrolled or searched for; nothing is asked by default."""
+
+    min_frames: int | None = Field(None, ge=1, description="Used frames at least.")
+    min_side_pixels: int | None = Field(
+        None, ge=1, description="Shortest side of the smallest used frame, pixels, at least."
+    )
+    min_sharpness: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Variance of the Laplacian at least."
+    )
+    min_brightness: float | None = Field(
+        None, ge=0, le=1, description="Mean brightness at least, 0 to 1."
+    )
+    max_brightness: float | None = Field(
+        None, ge=0, le=1, description="Mean brightness at most, 0 to 1."
+    )
+    max_frame_distance: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Mean distance of the frames to their tracklet at most.",
     )
 
 
@@ -115,8 +142,15 @@ class Settings(BaseSettings):
     batch: BatchSettings = BatchSettings()
     queue: QueueSettings = QueueSettings()
     limits: LimitSettings = LimitSettings()
+    quality: QualitySettings = QualitySettings()
     threshold: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Distance up to which a query is a match."
+    )
+    retention_days: float | None = Field(
+        None,
+        gt=0,
+        le=36500,
+        description="Days after which a tracklet is erased, to the minute; kept where none.",
     )
     thumbnails: bool = Field(True, description="Keep a small film strip of each tracklet.")
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(

@@ -28,6 +28,7 @@ from service.errors import (
     ValidationError,
 )
 from service.limits import FILE_FIELDS, FrameLimits
+from service.quality import FrameQuality, measure_quality
 from service.strips import film_strip
 
 # Pillow's names. Its JPEG opener also answers MPO, a JPEG with a second picture behind it, as some
@@ -61,11 +62,13 @@ class DecodedTracklet:
         clip: (T, height, width, 3) uint8 RGB.
         positions: Which frame of the upload each of the T is.
         received: Frames in the upload.
+        shortest_side: Of the smallest of the T as it was sent, pixels.
     """
 
     clip: Clip
     positions: tuple[int, ...]
     received: int
+    shortest_side: int
 
 
 class Decoded(NamedTuple):
@@ -75,11 +78,13 @@ class Decoded(NamedTuple):
         tracklet: Its frames.
         content: Digest of its files.
         strip: A JPEG, where one was asked for; see `service.strips`.
+        quality: What its frames look like.
     """
 
     tracklet: DecodedTracklet
     content: str
     strip: bytes | None
+    quality: FrameQuality
 
 
 def decode_upload(
@@ -103,7 +108,8 @@ def decode_upload(
     kind, unpacked = unpack(files, limits)
     tracklet = decode(kind, unpacked, choice, limits)
     strip = film_strip(tracklet.clip) if with_strip else None
-    return Decoded(tracklet, content_digest(unpacked), strip)
+    quality = measure_quality(tracklet.clip, tracklet.shortest_side)
+    return Decoded(tracklet, content_digest(unpacked), strip, quality)
 
 
 def content_digest(files: Sequence[bytes]) -> str:
@@ -166,12 +172,14 @@ def decode(
         return _decode_video(files[0], choice, limits)
     positions = choose_frames(len(files), choice.used, choice.sampling)
     chosen = frozenset(positions)
-    clip = []
+    clip, sides = [], []
     for position, file in enumerate(files):
-        frame = _decode_image(file, position, position in chosen, choice.preprocessing, limits)
+        wanted = position in chosen
+        frame, side = _decode_image(file, position, wanted, choice.preprocessing, limits)
         if frame is not None:
             clip.append(frame)
-    return DecodedTracklet(np.stack(clip), tuple(positions), len(files))
+            sides.append(side)
+    return DecodedTracklet(np.stack(clip), tuple(positions), len(files), min(sides))
 
 
 def _decode_video(content: bytes, choice: FrameChoice, limits: FrameLimits) -> DecodedTracklet:
@@ -180,12 +188,16 @@ def _decode_video(content: bytes, choice: FrameChoice, limits: FrameLimits) -> D
     def choose(received: int) -> list[int]:
         return choose_frames(received, choice.used, choice.sampling)
 
+    sides = []
+
     def prepare(pixels: Pixels) -> Clip:
+        sides.append(min(pixels.shape[:2]))
         return prepare_frame(Image.fromarray(pixels), choice.preprocessing)
 
     received, frames = read_video(content, choose, prepare, limits)
     positions = tuple(sorted(frames))
-    return DecodedTracklet(np.stack([frames[at] for at in positions]), positions, received)
+    clip = np.stack([frames[at] for at in positions])
+    return DecodedTracklet(clip, positions, received, min(sides))
 
 
 def _decode_image(
@@ -194,8 +206,8 @@ def _decode_image(
     wanted: bool,
     preprocessing: Preprocessing,
     limits: FrameLimits,
-) -> Clip | None:
-    """Check one image file; decode it only where it is wanted."""
+) -> tuple[Clip | None, int]:
+    """Check one image file; decode it only where it is wanted. Also its shortest side, pixels."""
     place = f"frame {position}"
     if not content:
         raise UndecodableFrameError(f"{place}: {_EXPECTED_IMAGE}, got an empty file")
@@ -209,10 +221,11 @@ def _decode_image(
         raise UndecodableFrameError(f"{place}: {_EXPECTED_IMAGE}, got a damaged one") from error
     with image:
         _check_image(image, content, place, limits)
+        side = min(image.size)  # before the decoder scales it
         if not wanted:
-            return None
+            return None, side
         try:
-            return prepare_frame(image, preprocessing)
+            return prepare_frame(image, preprocessing), side
         except Exception as error:  # likewise its decoders
             raise UndecodableFrameError(
                 f"{place}: {_EXPECTED_IMAGE}, got one that is cut off or damaged"

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from index.gallery import DuplicateTrackletError, Enrolment, Gallery, NotFoundError, TrackletRecord
 from service.errors import AlreadyExistsError, PayloadTooLargeError, ValidationError
 from service.ids import new_tracklet_id
-from service.parts import Parts, PartsDep, Upload, embed, receive
+from service.parts import Parts, PartsDep, Upload, embed, quality_of, receive, write
 from service.schemas import (
     ID_PATTERN,
     EnrolFields,
@@ -46,10 +46,10 @@ async def enrol(
     _: Annotated[NoParameters, Query()],
 ) -> RecordBody:
     """Enrol a tracklet; it is stored and searchable when this answers."""
-    upload = await receive(request, parts, with_strip=parts.settings.thumbnails)
+    upload = await receive(request, parts, last=parts.writes, with_strip=parts.settings.thumbnails)
     fields = _read_fields(upload.fields)
     check_metadata(fields.metadata, parts)
-    content = f"{upload.content}:{_fields_digest(fields)}"
+    content = f"{upload.decoded.content}:{_fields_digest(fields)}"
     record = await run_in_threadpool(_stored, parts.gallery, fields.tracklet_id, content)
     if record is None:
         record, created = await _add(request, parts, upload, fields, content)
@@ -77,10 +77,12 @@ async def _add(
         model=parts.embedder.model,
         created_at=datetime.now(UTC),
         content=content,
+        expires_at=fields.expires_at,
+        quality=quality_of(upload, embedded).model_dump(),
     )
-    enrolment = Enrolment(record, embedded.result.embedding, upload.strip)
+    enrolment = Enrolment(record, embedded.result.embedding, upload.decoded.strip)
     try:
-        await run_in_threadpool(parts.gallery.add, [enrolment])
+        await write(parts, parts.gallery.add, [enrolment])
     except DuplicateTrackletError:
         other = await run_in_threadpool(_stored, parts.gallery, record.tracklet_id, content)
         if other is None:  # added and erased again in between
@@ -117,7 +119,9 @@ def _read_fields(fields: dict[str, str]) -> EnrolFields:
 
 
 def _fields_digest(fields: EnrolFields) -> str:
-    canonical = json.dumps(fields.model_dump(mode="json"), sort_keys=True)
+    # Without what was not given and older versions did not know: they have stored digests.
+    left_out = {"expires_at"} if fields.expires_at is None else None
+    canonical = json.dumps(fields.model_dump(mode="json", exclude=left_out), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -167,10 +171,15 @@ def get_strip(parts: PartsDep, tracklet_id: TrackletId) -> Response:
 
 
 @router.patch(
-    "/gallery/{tracklet_id}", responses=problem_responses(400, 401, 404, 413, 422, 503, 507)
+    "/gallery/{tracklet_id}",
+    responses=problem_responses(400, 401, 404, 413, 422, 429, 503, 504, 507),
 )
-def patch_tracklet(parts: PartsDep, tracklet_id: TrackletId, patch: PatchBody) -> RecordBody:
-    """Change identity, camera, times or metadata of a stored tracklet; null removes."""
+async def patch_tracklet(parts: PartsDep, tracklet_id: TrackletId, patch: PatchBody) -> RecordBody:
+    """Change identity, camera, times, expiry or metadata of a stored tracklet; null removes."""
+    return await write(parts, _patch, parts, tracklet_id, patch)
+
+
+def _patch(parts: Parts, tracklet_id: str, patch: PatchBody) -> RecordBody:
     with parts.patching:
         record = parts.gallery.get(tracklet_id)
         try:
@@ -182,8 +191,10 @@ def patch_tracklet(parts: PartsDep, tracklet_id: TrackletId, patch: PatchBody) -
 
 
 @router.delete(
-    "/gallery/{tracklet_id}", status_code=204, responses=problem_responses(401, 404, 422, 503, 507)
+    "/gallery/{tracklet_id}",
+    status_code=204,
+    responses=problem_responses(401, 404, 422, 429, 503, 507),
 )
-def delete_tracklet(parts: PartsDep, tracklet_id: TrackletId) -> None:
+async def delete_tracklet(parts: PartsDep, tracklet_id: TrackletId) -> None:
     """Erase a stored tracklet with its embedding and its strip."""
-    parts.gallery.remove(tracklet_id)
+    await write(parts, parts.gallery.remove, tracklet_id)

@@ -1,5 +1,6 @@
 """What the service counts and times, for Prometheus to fetch."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -29,9 +30,11 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("/metrics", response_class=Response, responses=_RESPONSES)
-def get_metrics(request: Request) -> Response:
+async def get_metrics(request: Request) -> Response:
     """Read every metric; it needs a key where keys are set."""
-    # In a thread: the gallery is asked how much it holds, and may be busy.
+    # In a thread: the gallery is asked how much it holds, and may be busy. Not in one of those that
+    # routes share, which may all wait for a disk that hangs.
     metrics: Metrics = request.app.state.parts.metrics
-    text, media_type = metrics.expose(request.headers.get("accept", ""))
+    accept = request.headers.get("accept", "")
+    text, media_type = await asyncio.to_thread(metrics.expose, accept)
     return Response(text, media_type=media_type)

@@ -2,21 +2,44 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+import numpy as np
+from fastapi import APIRouter, Path, Query, Request
+from starlette.concurrency import run_in_threadpool
 
+from index.gallery import Embeddings, Gallery, TrackletRecord
 from index.ranking import decide
 from model.embedder import TrackletEmbedding
 from service.attention import to_contract_grid
-from service.parts import PartsDep, Upload, embed, frame_counts, receive_bare, search
+from service.parts import (
+    PAIR_PREFIXES,
+    Found,
+    Parts,
+    PartsDep,
+    Timing,
+    Upload,
+    embed,
+    embed_all,
+    frame_counts,
+    quality_of,
+    receive_bare,
+    receive_pair,
+    search,
+    threshold_of,
+)
 from service.schemas import (
+    ID_PATTERN,
     AttentionBody,
     EmbedBody,
+    FrameCounts,
     MatchBody,
     NoParameters,
     QueryBody,
     QueryParameters,
     RecordBody,
+    SearchParameters,
+    SideBody,
     TimingBody,
+    VerifyBody,
     problem_responses,
     upload_body,
 )
@@ -34,21 +57,63 @@ async def query(
     request: Request, parts: PartsDep, parameters: Annotated[QueryParameters, Query()]
 ) -> QueryBody:
     """Find the identities of the gallery that look most like the person in the tracklet."""
-    upload = await receive_bare(request, parts)
+    upload = await receive_bare(request, parts, last=parts.searches)
     embedded = await embed(request, parts, upload, with_attention=parameters.explain)
     found = await search(
         parts,
-        upload,
-        embedded,
+        upload.timing,
+        embedded.result.embedding,
         top_k=parameters.top_k,
         group_by=parameters.group_by,
         filters=parameters.filters(),
         max_distance=parameters.max_distance,
     )
-    threshold = parts.settings.threshold
-    decision = decide(found.nearest, threshold)
-    parts.metrics.observe_decision(found.nearest, decision)
-    body = QueryBody(
+    body = _answer(parts, found, upload.timing)
+    body.frames = frame_counts(upload.tracklet)
+    body.quality = quality_of(upload, embedded)
+    if parameters.explain:
+        body.attention = _attention(upload, embedded.result)
+    return body
+
+
+@router.get(
+    "/gallery/{tracklet_id}/matches",
+    response_model_exclude_unset=True,
+    responses=problem_responses(401, 404, 409, 422, 429, 503),
+)
+async def get_matches(
+    parts: PartsDep,
+    tracklet_id: Annotated[str, Path(pattern=ID_PATTERN)],
+    parameters: Annotated[SearchParameters, Query()],
+) -> QueryBody:
+    """Find the identities that look most like a stored tracklet, which is itself left out."""
+    timing = Timing()
+    record, embedding = await run_in_threadpool(_stored, parts.gallery, tracklet_id)
+    found = await search(
+        parts,
+        timing,
+        embedding,
+        top_k=parameters.top_k,
+        group_by=parameters.group_by,
+        filters=parameters.filters(exclude_tracklets=frozenset({tracklet_id})),
+        max_distance=parameters.max_distance,
+    )
+    body = _answer(parts, found, timing)
+    stored = RecordBody.of(record)
+    body.frames, body.quality = stored.frames, stored.quality
+    return body
+
+
+def _stored(gallery: Gallery, tracklet_id: str) -> tuple[TrackletRecord, Embeddings]:
+    return gallery.get(tracklet_id), gallery.embedding(tracklet_id)
+
+
+def _answer(parts: Parts, found: Found, timing: Timing) -> QueryBody:
+    """All but what is known of the query; counts the decision."""
+    result, threshold = found
+    decision = decide(result.nearest, threshold)
+    parts.metrics.observe_decision(result.nearest, decision)
+    return QueryBody(
         matches=[
             MatchBody(
                 rank=rank,
@@ -56,18 +121,46 @@ async def query(
                 distance=match.distance,
                 tracklet=RecordBody.of(match.record),
             )
-            for rank, match in enumerate(found.matches, start=1)
+            for rank, match in enumerate(result.matches, start=1)
         ],
         decision=decision,
         threshold=threshold,
-        searched=found.searched,
+        searched=result.searched,
         model=parts.embedder.model,
-        frames=frame_counts(upload.tracklet),
-        timing_ms=TimingBody(**upload.timing.body()),
+        frames=FrameCounts(received=1, used=1),
+        quality=None,
+        timing_ms=TimingBody(**timing.body()),
     )
-    if parameters.explain:
-        body.attention = _attention(upload, embedded.result)
-    return body
+
+
+@router.post(
+    "/verify",
+    openapi_extra=upload_body(prefixes=PAIR_PREFIXES),
+    responses=problem_responses(400, 401, 413, 415, 422, 429, 503, 504),
+)
+async def verify(
+    request: Request, parts: PartsDep, _: Annotated[NoParameters, Query()]
+) -> VerifyBody:
+    """Say whether two tracklets show the same person, without storing either."""
+    uploads = await receive_pair(request, parts)
+    embedded = await embed_all(request, parts, uploads)
+    one, other = (each.result.embedding for each in embedded)
+    distance = float(np.linalg.norm(one - other))
+    threshold = await run_in_threadpool(threshold_of, parts)
+    a, b = (
+        SideBody(frames=frame_counts(upload.tracklet), quality=quality_of(upload, each))
+        for upload, each in zip(uploads, embedded, strict=True)
+    )
+    decision = decide(distance, threshold)
+    return VerifyBody(
+        distance=distance,
+        same=None if decision is None else decision == "match",
+        threshold=threshold,
+        model=parts.embedder.model,
+        a=a,
+        b=b,
+        timing_ms=TimingBody(**uploads[0].timing.body()),
+    )
 
 
 def _attention(upload: Upload, result: TrackletEmbedding) -> list[AttentionBody]:
@@ -94,5 +187,6 @@ async def embed_tracklet(
         dim=parts.embedder.dim,
         model=parts.embedder.model,
         frames=frame_counts(upload.tracklet),
+        quality=quality_of(upload, embedded),
         timing_ms=TimingBody(**upload.timing.body()),
     )

@@ -4,6 +4,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import RedirectResponse
 
 from service.errors import NotReadyError
@@ -21,7 +22,11 @@ class InfoBody(Body):
     model: dict[str, Any]
     gallery: dict[str, Any]
     limits: dict[str, Any]
-    threshold: float | None
+    threshold: float | None = Field(description="Greatest distance that is a match.")
+    calibration: dict[str, Any] | None = Field(
+        description="Where the threshold comes from; null where it is a setting, or none is set."
+    )
+    retention_days: float | None
     frames_per_tracklet: int
     sampling: str
 
@@ -38,6 +43,7 @@ def info(parts: PartsDep) -> InfoBody:
     """Version, model, gallery and limits."""
     settings = parts.settings
     counts = parts.gallery.counts()
+    calibration = None if settings.threshold is not None else parts.gallery.calibration()
     return InfoBody(
         version=version("passerby"),
         model=parts.embedder.describe(),
@@ -48,7 +54,9 @@ def info(parts: PartsDep) -> InfoBody:
             "index": settings.index,
         },
         limits={**settings.limits.model_dump(), "queue": settings.queue.model_dump()},
-        threshold=settings.threshold,
+        threshold=settings.threshold if calibration is None else calibration.threshold,
+        calibration=None if calibration is None else calibration.to_dict(),
+        retention_days=settings.retention_days,
         frames_per_tracklet=settings.frames_per_tracklet,
         sampling=settings.sampling,
     )

@@ -17,7 +17,12 @@ Enrol = Callable[..., Enrolment]
 
 
 def make_enrolment(
-    tracklet_id: str, vector: Sequence[float], *, strip: bytes | None = None, **fields: Any
+    tracklet_id: str,
+    vector: Sequence[float],
+    *,
+    strip: bytes | None = None,
+    frames: Sequence[bytes] = (),
+    **fields: Any,
 ) -> Enrolment:
     """An enrolment with what a test does not care for filled in."""
     known: dict[str, Any] = {
@@ -28,7 +33,7 @@ def make_enrolment(
         "content": "0" * 64,
     }
     record = TrackletRecord(tracklet_id=tracklet_id, **(known | fields))
-    return Enrolment(record, np.array(vector, dtype=np.float32), strip)
+    return Enrolment(record, np.array(vector, dtype=np.float32), strip, frames)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,7 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -23,12 +24,16 @@ from hypothesis.stateful import (
 )
 
 from index.embedded import EmbeddedGallery
+from index.erasures import Erasure, Erasures, Kind, digest
 from index.gallery import (
     Counts,
+    DuplicateIdentityError,
     DuplicateTrackletError,
     Enrolment,
+    Erased,
     Filters,
     GroupBy,
+    IdentitySummary,
     NotFoundError,
     SearchResult,
     TrackletRecord,
@@ -39,7 +44,8 @@ MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DIMENSION = 3
 
-identities = st.sampled_from([None, "anna", "bert", "cleo", "dora"])
+names = st.sampled_from(["anna", "bert", "cleo", "dora"])
+identities = st.none() | names
 cameras = st.sampled_from([None, "c1", "c2", "c3"])
 times = st.none() | st.integers(0, 5).map(lambda hours: START + timedelta(hours=hours))
 # Small whole numbers: ties and duplicates everywhere, and no rounding in either computation.
@@ -67,8 +73,10 @@ records = st.builds(
     frames_received=st.just(40),
     frames_used=st.just(15),
     model=st.just("trsa-test"),
-    created_at=st.just(START),
+    created_at=st.integers(0, 20).map(lambda hours: START + timedelta(hours=hours)),
     content=st.just("0" * 64),
+    expires_at=times,
+    quality=st.none() | st.just({"sharpness": 0.5}),
 )
 enrolments = st.builds(
     Enrolment, records, vectors.map(lambda vector: np.array(vector, dtype=np.float32))
@@ -213,8 +221,17 @@ class GalleryMachine(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         self.directory = tempfile.TemporaryDirectory(dir=MEMORY_DISK)
-        self.gallery = EmbeddedGallery(Path(self.directory.name), index=self.factory)
+        # Erased are also people who, by their record, will only be enrolled later.
+        self.now = START + timedelta(hours=6)
         self.held: dict[str, Enrolment] = {}
+        self.erased: dict[tuple[Kind, str], datetime] = {}
+        self.heard_of: dict[tuple[Kind, str], datetime] = {}
+        self.open_gallery()
+
+    def open_gallery(self) -> None:
+        self.gallery = EmbeddedGallery(
+            Path(self.directory.name), index=self.factory, clock=lambda: self.now
+        )
 
     def teardown(self) -> None:
         self.gallery.close()
@@ -236,7 +253,137 @@ class GalleryMachine(RuleBasedStateMachine):
             with pytest.raises(NotFoundError):
                 self.gallery.remove(tracklet_id)
             return
-        assert self.gallery.remove(tracklet_id) == self.held.pop(tracklet_id).record
+        record = self.held[tracklet_id].record
+        assert self.gallery.remove(tracklet_id) == record
+        self.forget([tracklet_id])
+
+    def forget(
+        self, tracklet_ids: Iterable[str], identity: str | None = None, at: datetime | None = None
+    ) -> None:
+        """What an erasure does to the model."""
+        gone: list[tuple[Kind, str]] = [("tracklet", each) for each in tracklet_ids]
+        for _, tracklet_id in gone:
+            del self.held[tracklet_id]
+        if identity is not None:
+            gone.append(("identity", identity))
+        self.erased |= {each: max(at or self.now, self.erased.get(each, START)) for each in gone}
+
+    def shown(self) -> dict[str, list[str]]:
+        """The tracklets of each identity, in the order of enrolment."""
+        shown: dict[str, list[str]] = defaultdict(list)
+        for tracklet_id, each in self.held.items():
+            if each.record.identity is not None:
+                shown[each.record.identity].append(tracklet_id)
+        return shown
+
+    def name(self, tracklet_ids: Iterable[str], identity: str | None) -> None:
+        for tracklet_id in tracklet_ids:
+            before = self.held[tracklet_id]
+            record = replace(before.record, identity=identity)
+            self.held[tracklet_id] = replace(before, record=record)
+
+    def summary(self, identity: str) -> IdentitySummary:
+        tracklets = self.shown()[identity]
+        seen = {self.held[tracklet_id].record.camera for tracklet_id in tracklets}
+        return IdentitySummary(identity, len(tracklets), tuple(sorted(filter(None, seen))))
+
+    @rule(name=names, to=names)
+    def rename(self, name: str, to: str) -> None:
+        shown = self.shown()
+        if name not in shown or (to in shown and to != name):
+            with pytest.raises(DuplicateIdentityError if name in shown else NotFoundError):
+                self.gallery.rename_identity(name, to)
+            return
+        self.name(shown[name], to)
+        assert self.gallery.rename_identity(name, to) == self.summary(to)
+
+    @rule(name=names, into=names)
+    def merge(self, name: str, into: str) -> None:
+        shown = self.shown()
+        if name == into or not {name, into} <= shown.keys():
+            with pytest.raises(ValueError if name == into else NotFoundError):
+                self.gallery.merge_identity(name, into)
+            return
+        self.name(shown[name], into)
+        assert self.gallery.merge_identity(name, into) == self.summary(into)
+
+    @rule(chosen=st.lists(tracklet_ids, max_size=6), identity=identities)
+    def assign(self, chosen: list[str], identity: str | None) -> None:
+        if not set(chosen) <= self.held.keys():
+            with pytest.raises(NotFoundError):
+                self.gallery.assign(chosen, identity)
+            return
+        changed = {each for each in chosen if self.held[each].record.identity != identity}
+        self.name(chosen, identity)
+        assert self.gallery.assign(chosen, identity) == len(changed)
+
+    @rule(name=names)
+    def remove_identity(self, name: str) -> None:
+        shown = self.shown()
+        if name not in shown:
+            with pytest.raises(NotFoundError):
+                self.gallery.remove_identity(name)
+            return
+        assert self.gallery.remove_identity(name) == Erased(name, tuple(shown[name]))
+        self.forget(shown[name], name)
+
+    @rule(hours=st.integers(0, 6), days=st.none() | st.sampled_from([0.1, 0.2, 1]))
+    def expire(self, hours: int, days: float | None) -> None:
+        now = START + timedelta(hours=hours)
+        retention = None if days is None else timedelta(days=days)
+
+        def is_due(record: TrackletRecord) -> bool:
+            is_old = retention is not None and record.created_at <= now - retention
+            return is_old or (record.expires_at is not None and record.expires_at <= now)
+
+        due = {each for each, kept in self.held.items() if is_due(kept.record)}
+        assert set(self.gallery.expire(now, retention)) == due
+        self.forget(due, at=now)
+        expiries = [each.record.expires_at for each in self.held.values()]
+        assert self.gallery.next_expiry() == min(filter(None, expiries), default=None)
+
+    @rule(
+        gone=st.lists(st.tuples(st.just("tracklet"), tracklet_ids), max_size=3),
+        names=st.lists(st.tuples(st.just("identity"), names), max_size=1),
+        hours=st.integers(0, 20),
+    )
+    def apply_erasures(
+        self, gone: list[tuple[Kind, str]], names: list[tuple[Kind, str]], hours: int
+    ) -> None:
+        """Of another gallery, with a salt of its own."""
+        at, salt = START + timedelta(hours=hours), b"another"
+        ledger = Erasures(
+            tuple(Erasure(digest(salt, kind, name), kind, at, salt) for kind, name in gone + names)
+        )
+        never = START - timedelta(hours=1)
+        new = {each for each in gone + names if self.heard_of.get(each, never) < at}
+        self.heard_of |= dict.fromkeys(new, at)
+        banned = [
+            tracklet_id
+            for tracklet_id, each in self.held.items()
+            if each.record.created_at <= at
+            and new & {("tracklet", tracklet_id), ("identity", each.record.identity)}
+        ]
+        assert self.gallery.apply_erasures(ledger) == tuple(banned)
+        self.forget(banned)
+
+    @rule(record=records)
+    def ledger(self, record: TrackletRecord) -> None:
+        """It bans what was erased here or elsewhere after it was enrolled, and nothing else."""
+        names = [("tracklet", record.tracklet_id), ("identity", record.identity)]
+        known = [*self.erased.items(), *self.heard_of.items()]
+        is_banned = any(what in names and at >= record.created_at for what, at in known)
+        assert self.gallery.erasures().bans(record) == is_banned
+
+    @rule(limit=st.integers(1, 3))
+    def list_identities(self, limit: int) -> None:
+        page = self.gallery.identities(limit=limit)
+        found = [*page.items]
+        while page.next_cursor:
+            assert len(page.items) == limit
+            page = self.gallery.identities(limit=limit, cursor=page.next_cursor)
+            found += page.items
+        assert found == [self.summary(name) for name in sorted(self.shown())]
 
     @precondition(lambda self: len(self.held) > 3)
     @rule()
@@ -247,7 +394,13 @@ class GalleryMachine(RuleBasedStateMachine):
     @rule(
         tracklet_id=tracklet_ids,
         changes=st.fixed_dictionaries(
-            {}, optional={"identity": identities, "camera": cameras, "start_time": times}
+            {},
+            optional={
+                "identity": identities,
+                "camera": cameras,
+                "start_time": times,
+                "expires_at": times,
+            },
         ),
     )
     def update(self, tracklet_id: str, changes: dict[str, Any]) -> None:
@@ -262,7 +415,7 @@ class GalleryMachine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.gallery.close()
-        self.gallery = EmbeddedGallery(Path(self.directory.name), index=self.factory)
+        self.open_gallery()
 
     @rule()
     def compact(self) -> None:
@@ -301,7 +454,7 @@ def test_any_sequence_of_operations_equals_a_dict(factory: str) -> None:
         pass
 
     Machine.factory = factory
-    examples = 100 if factory == "Flat" else 25
+    examples = 200 if factory == "Flat" else 50
     run_state_machine_as_test(
         Machine, settings=settings(max_examples=examples, stateful_step_count=25, deadline=None)
     )

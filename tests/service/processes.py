@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ START_S = 60.0
 WAIT_S = 30.0
 # The file "hold" names a stage where whoever comes waits; "entered" says that somebody has come.
 SERVE = """
-import sys, time
+import asyncio, sys, time
 from pathlib import Path
 from index.embedded import EmbeddedGallery
 from index.store import Transaction
@@ -37,6 +37,12 @@ def held(stage, work):
         return work(*given, **more)
     return wait_and_work
 
+def held_apart(stage, work):
+    async def wait_and_work(*given, **more):
+        await asyncio.to_thread(held(stage, lambda: None))
+        return await work(*given, **more)
+    return wait_and_work
+
 def told():
     try:
         return (folder / "hold").read_text()
@@ -48,7 +54,7 @@ EmbeddedGallery.search = held("search", EmbeddedGallery.search)
 EmbeddedGallery.add = held("store", EmbeddedGallery.add)
 Transaction.commit = held("commit", Transaction.commit)
 EmbeddedGallery.check = held("check", EmbeddedGallery.check)
-decoding.Decoders._decode_by_child = held("decode", decoding.Decoders._decode_by_child)
+decoding.Decoders._decode_by_child = held_apart("decode", decoding.Decoders._decode_by_child)
 settings = Settings.load()
 configure_logging(settings.log_format)
 server.run(settings, FakeEmbedder())
@@ -121,12 +127,20 @@ def eventually(claim: Callable[[], bool], within_s: float = WAIT_S) -> bool:
 
 
 @contextmanager
-def serving(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[Service]:
+def serving(
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    within: Sequence[str] = (),
+    readiness: int = 200,
+) -> Iterator[Service]:
     """Run the service until the end of the block; a folder may be used again.
 
     Args:
         folder: Of its data, its log and its orders.
         settings: Without the prefix.
+        within: What its command begins with, to run in a namespace say; it has to end in `exec`.
+        readiness: What /readyz is to answer in the end.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,11 +150,14 @@ def serving(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator
     environment |= {f"PASSERBY_{name}": one for name, one in (own | dict(settings or {})).items()}
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(folder)], env=environment, stderr=log, cwd=ROOT
+            [*within, sys.executable, "-c", SERVE, str(folder)],
+            env=environment,
+            stderr=log,
+            cwd=ROOT,
         )
     service = Service(process, f"http://127.0.0.1:{port}", folder)
     try:
-        assert eventually(lambda: service.readiness() == 200, START_S), service.log()
+        assert eventually(lambda: service.readiness() == readiness, START_S), service.log()
         yield service
     finally:
         process.kill()

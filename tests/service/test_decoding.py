@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from model.frames import Preprocessing
-from service import decoding
+from service import decoder_child, decoding
 from service.decoder_process import READY, pack_hello, pack_request, receive, send_all
 from service.decoding import Decoders
 from service.errors import (
@@ -48,7 +48,7 @@ from service import decoder_process
 from service.uploads import decode_upload
 
 def misbehave(files, choice, limits, **options):
-    said, _, told = files["frames"][0].decode("latin-1").partition(":")
+    said, _, told = files.get("frames", [b""])[0].decode("latin-1").partition(":")
     if said == "crash" or said == "crash once" and not Path(told).exists():
         if told:
             Path(told).touch()
@@ -62,10 +62,12 @@ def misbehave(files, choice, limits, **options):
         Path(told).read_bytes()
     if said == "lie":
         frames, length = map(int, told.split())
-        head = decoder_process.ANSWER.pack(decoder_process.DECODED, frames, 1, length, b"")
+        answer = decoder_process.DECODED, frames, 1, length, b"", 1, 0.0, 0.0
+        head = decoder_process.ANSWER.pack(*answer)
         os.write(int(sys.argv[1]), head)
-    return decode_upload({"frames": files["frames"][said in ("crash once", "wait"):]},
-                         choice, limits, **options)
+    if said in ("crash once", "wait"):
+        files = {"frames": files["frames"][1:]}
+    return decode_upload(files, choice, limits, **options)
 
 decoder_process.decode_upload = misbehave
 decoder_process.main()
@@ -84,7 +86,7 @@ def decoders() -> Iterator[Decoders]:
 @pytest.fixture
 def bad(monkeypatch: pytest.MonkeyPatch) -> Iterator[Decoders]:
     """One process that can be told to misbehave."""
-    monkeypatch.setattr(decoding, "PROGRAM", ("-c", BAD_DECODER))
+    monkeypatch.setattr(decoder_child, "PROGRAM", ("-c", BAD_DECODER))
     started = Decoders(CHOICE, LIMITS, processes=1, limit_s=1.0)
     started.start()
     with closing(started):
@@ -125,7 +127,7 @@ def test_a_thread_answers_what_a_call_would() -> None:
 
     with closing(Decoders(CHOICE, LIMITS, processes=0)) as threads:
         threads.start()
-        threads.check()
+        asyncio.run(threads.check())
         assert_same(run(threads, GOOD, with_strip=True), expected)
 
 
@@ -325,7 +327,7 @@ def test_closing_ends_what_is_at_work_and_fails_what_waits(
         await asyncio.to_thread(begun.read_bytes)
         tasks += [asyncio.create_task(bad.decode(GOOD)) for _ in range(3)]
         await asyncio.sleep(0)  # they have been queued
-        await asyncio.to_thread(bad.close)
+        bad.close()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     assert [type(one) for one in asyncio.run(close())] == 4 * [WorkerUnavailableError]
@@ -335,7 +337,7 @@ def test_closing_ends_what_is_at_work_and_fails_what_waits(
     with pytest.raises(WorkerUnavailableError, match="not running"):
         run(bad, GOOD)
     with pytest.raises(WorkerUnavailableError, match="not running"):
-        bad.check()
+        asyncio.run(bad.check())
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -343,7 +345,7 @@ def test_decoders_that_were_not_started_say_so(processes: int) -> None:
     decoders = Decoders(CHOICE, LIMITS, processes=processes)
 
     with pytest.raises(WorkerUnavailableError, match="not running"):
-        decoders.check()
+        asyncio.run(decoders.check())
     with pytest.raises(WorkerUnavailableError, match="not running"):
         run(decoders, GOOD)
 
@@ -351,7 +353,7 @@ def test_decoders_that_were_not_started_say_so(processes: int) -> None:
 
 
 def test_a_decoder_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "PROGRAM", ("-c", "raise SystemExit(3)"))
+    monkeypatch.setattr(decoder_child, "PROGRAM", ("-c", "raise SystemExit(3)"))
     decoders = Decoders(CHOICE, LIMITS, processes=2)
 
     with pytest.raises(WorkerUnavailableError, match="cannot be started: exit status 3"):
@@ -359,26 +361,61 @@ def test_a_decoder_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatc
 
     assert decoders.pids == []
     with pytest.raises(WorkerUnavailableError, match="not running"):
-        decoders.check()
+        asyncio.run(decoders.check())
 
 
 def test_the_check_replaces_a_dead_decoder_or_says_that_it_cannot(
     bad: Decoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad.check()
+    asyncio.run(bad.check())
     with monkeypatch.context() as broken:
-        broken.setattr(decoding, "PROGRAM", ("-c", "raise SystemExit(3)"))
+        broken.setattr(decoder_child, "PROGRAM", ("-c", "raise SystemExit(3)"))
         end(bad.pids[0])
 
         with pytest.raises(WorkerUnavailableError, match="exit status 3"):
-            bad.check()
+            asyncio.run(bad.check())
         with pytest.raises(WorkerUnavailableError, match="exit status 3"):
             run(bad, GOOD)
 
-    bad.check()
+    asyncio.run(bad.check())
 
     assert len(bad.pids) == 1
     run(bad, GOOD)
+
+
+def test_the_check_replaces_a_decoder_that_does_not_answer(
+    bad: Decoders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(decoding, "PING_S", 0.05)
+    before = bad.pids
+    os.kill(before[0], signal.SIGSTOP)
+
+    asyncio.run(bad.check())
+
+    assert bad.pids != before
+    assert "did not answer" in caplog.text
+    run(bad, GOOD)
+
+
+def test_the_check_tells_of_decoders_that_are_all_stuck(
+    bad: Decoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = tmp_path / "gate.begun"
+    os.mkfifo(begun)
+
+    async def check() -> None:
+        at_work = asyncio.create_task(bad.decode(told(f"wait:{tmp_path / 'gate'}")))
+        await asyncio.to_thread(begun.read_bytes)
+        await bad.check()  # nobody answers, but not for long
+        monkeypatch.setattr(decoding, "ALL_BUSY_S", 0.0)
+        try:
+            await bad.check()
+        finally:
+            at_work.cancel()
+
+    os.mkfifo(tmp_path / "gate")
+    with pytest.raises(WorkerUnavailableError, match="no decoder has answered"):
+        asyncio.run(check())
 
 
 def end(pid: int) -> None:

@@ -162,14 +162,3 @@ def test_a_decoder_that_is_killed_is_replaced(tmp_path: Path) -> None:
         assert answer.status_code == 201
         assert service.readiness() == 200
         assert service.children() != [child]
-
-
-def test_one_connection_too_many_is_told_so(tmp_path: Path) -> None:
-    with serving(tmp_path, {"LIMITS__CONNECTIONS": "2"}) as service:
-        with connect(service), connect(service), connect(service) as third:
-            answer = third.recv(2000)
-
-        assert answer.startswith(b"HTTP/1.1 429 ")
-        assert b"retry-after: 1" in answer.lower()
-        assert b"/problems/overloaded" in answer
-        assert eventually(lambda: service.readiness() == 200)

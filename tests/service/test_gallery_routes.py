@@ -30,6 +30,9 @@ def test_a_record_has_the_shape_of_the_contract(client: TestClient) -> None:
 
     created = datetime.fromisoformat(record.pop("created_at"))
     assert len(record.pop("content")) == 64
+    assert record.pop("quality").keys() == {
+        "frames", "shortest_side", "sharpness", "brightness", "frame_distance"
+    }  # fmt: skip
     assert abs((datetime.now(UTC) - created).total_seconds()) < 60
     assert record == {
         "tracklet_id": "a:b.c-1_2",
@@ -40,6 +43,7 @@ def test_a_record_has_the_shape_of_the_contract(client: TestClient) -> None:
         "metadata": {"gate": 4},
         "frames": {"received": 3, "used": 3},
         "model": "trsa-fake",
+        "expires_at": None,
     }
 
 

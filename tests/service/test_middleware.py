@@ -8,8 +8,10 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import middleware
 from service.logs import JsonFormatter
-from service.middleware import DrainMiddleware, RequestMiddleware
+from service.metrics import Metrics
+from service.middleware import BodyLimitMiddleware, DrainMiddleware, RequestMiddleware
 from service.settings import LimitSettings
 from tests.service.conftest import Start, assert_problem, enrol
 from tests.service.making import FORM_TYPE, GOOD, form, picture
@@ -37,9 +39,9 @@ def test_a_hostile_request_id_is_replaced(client: TestClient, hostile: str) -> N
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
-def run_within(app: ASGIApp, **headers: str) -> list[Message]:
-    """Run a middleware in this task; returns what it sent."""
-    sent: list[Message] = []
+def run_within(app: ASGIApp, *, sent: list[Message] | None = None) -> list[Message]:
+    """Run a middleware in this task for a request with the id "mine"; returns what it sent."""
+    sent = [] if sent is None else sent
 
     async def receive() -> Message:
         return {"type": "http.request"}
@@ -48,7 +50,7 @@ def run_within(app: ASGIApp, **headers: str) -> list[Message]:
         sent.append(message)
 
     async def run() -> None:
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        raw = [(b"x-request-id", b"mine")]
         scope = {"type": "http", "method": "GET", "path": "/here", "headers": raw}
         await app(scope, receive, send)
         logging.getLogger("uvicorn.error").error("ended without completing its answer")
@@ -64,7 +66,7 @@ async def answer_with_an_id(_: Scope, __: Receive, send: Send) -> None:
 
 
 def test_an_answer_has_one_request_id() -> None:
-    [start, _] = run_within(RequestMiddleware(answer_with_an_id), **{"x-request-id": "mine"})
+    [start, _] = run_within(RequestMiddleware(answer_with_an_id))
 
     assert start["headers"] == [(b"content-length", b"0"), (b"x-request-id", b"mine")]
 
@@ -76,10 +78,44 @@ def test_what_the_server_says_of_a_request_afterwards_has_its_id(
     formatter = JsonFormatter()
     caplog.handler.setFormatter(formatter)
 
-    run_within(RequestMiddleware(answer_with_an_id), **{"x-request-id": "mine"})
+    run_within(RequestMiddleware(answer_with_an_id))
 
     [line] = [one for one in caplog.text.splitlines() if "ended without" in one]
     assert json.loads(line)["request_id"] == "mine"
+
+
+async def cancelled(_: Scope, __: Receive, ___: Send) -> None:
+    raise asyncio.CancelledError
+
+
+async def cancelled_in_mid_answer(_: Scope, __: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    raise asyncio.CancelledError
+
+
+def test_who_is_cut_off_before_an_answer_hears_why(caplog: pytest.LogCaptureFixture) -> None:
+    """Uvicorn, which cancels what outlives the grace, would answer a plain 500 and log a fault."""
+    metrics = Metrics(version="0", model="m")
+
+    [start, body] = run_within(RequestMiddleware(cancelled, metrics))
+
+    assert start["status"] == 503
+    assert dict(start["headers"])[b"retry-after"] == b"2"
+    problem = json.loads(body["body"])
+    assert (problem["type"], problem["request_id"]) == ("/problems/not-ready", "mine")
+    [line] = [one for one in caplog.records if one.name == "passerby.request"]
+    assert (line.exc_info, vars(line)["status"]) == (None, 503)
+    assert b'passerby_requests_total{route="unknown",status="503"} 1.0' in metrics.expose()[0]
+
+
+def test_who_is_cut_off_in_the_middle_of_an_answer_hears_nothing_else() -> None:
+    """The server closes the connection, so that half an answer does not look like one."""
+    sent: list[Message] = []
+
+    with pytest.raises(asyncio.CancelledError):
+        run_within(RequestMiddleware(cancelled_in_mid_answer), sent=sent)
+
+    assert [one["type"] for one in sent] == ["http.response.start"]
 
 
 KEYS = ("first-key", "second-key")
@@ -162,6 +198,69 @@ def test_a_body_over_the_limit_is_refused_whatever_it_calls_itself(start: Start,
 
     assert_problem(announced, 413, "payload-too-large")
     assert_problem(chunked, 413, "payload-too-large")
+
+
+def send_slowly(app: ASGIApp, kind: str, *messages: Message) -> list[Message]:
+    """A change of a record whose client sends these messages and then nothing more."""
+    left = list(messages)
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return left.pop(0) if left else await asyncio.Future()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "PATCH",
+        "path": "/gallery/t",
+        "query_string": b"",
+        "headers": [(b"content-type", kind.encode()), (b"transfer-encoding", b"chunked")],
+    }
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 30))
+    return sent
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_body_that_does_not_come_in_time_is_refused_whatever_it_calls_itself(
+    start: Start, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "DRAIN_S", 0.01)
+    client = start(limits=LimitSettings(upload_s=0.05))
+    piece = {"type": "http.request", "body": b'{"identity": ', "more_body": True}
+
+    [head, body] = send_slowly(client.app, kind, piece, piece)
+
+    assert head["status"] == 504
+    problem = json.loads(body["body"])
+    assert problem["type"] == "/problems/deadline-exceeded"
+    assert problem["detail"] == "expected a body within 0.05 s, it took longer"
+
+
+def test_a_client_may_wait_for_its_answer_longer_than_its_body_may_take() -> None:
+    """The same call that reads the body tells afterwards that a client hangs up."""
+    told: list[str] = []
+
+    async def wait_for_the_end(_: Scope, receive: Receive, __: Send) -> None:
+        told.append((await receive())["type"])
+        told.append((await receive())["type"])
+
+    messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.sleep(0.1)
+            return {"type": "http.disconnect"}
+        return messages.pop()
+
+    async def send(_: Message) -> None:
+        pass
+
+    bounded = BodyLimitMiddleware(wait_for_the_end, upload_bytes=9, other_bytes=9, limit_s=0.01)
+    asyncio.run(bounded({"type": "http", "headers": []}, receive, send))
+
+    assert told == ["http.request", "http.disconnect"]
 
 
 def drained(headers: list[tuple[bytes, bytes]], messages: list[Message]) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -168,3 +169,65 @@ def test_an_upload_is_refused_early_while_too_many_searches_wait(
     assert_problem(refused, 429, "overloaded")
     assert embedder.batches == []
     assert client.post("/query", files=GOOD).status_code == 200
+
+
+def test_too_many_changes_at_a_time_are_refused_and_queries_are_not(start: Start) -> None:
+    client = start(limits=LimitSettings(writes=1))
+    parts: Parts = client.app.state.parts  # type: ignore[attr-defined]
+    record = client.post("/gallery", files=GOOD).json()
+    path = f"/gallery/{record['tracklet_id']}"
+
+    with parts.writes.take():
+        for refused in (
+            client.post("/gallery", files=GOOD),
+            client.patch(path, json={"identity": "p1"}),
+            client.delete(path),
+        ):
+            assert_problem(refused, 429, "overloaded")
+            assert refused.headers["retry-after"].isdigit()
+        assert client.post("/query", files=GOOD).status_code == 200
+
+    assert client.get(path).json() == record
+    assert client.delete(path).status_code == 204
+
+
+def test_changes_that_wait_for_the_disk_hold_up_nothing_else(
+    start: Start, gallery: EmbeddedGallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the pool of threads that routes share has."""
+    client = start()
+    record = client.post("/gallery", files=GOOD).json()
+    path = f"/gallery/{record['tracklet_id']}"
+    waiting, go_on = threading.Semaphore(0), threading.Event()
+    update = gallery.update
+
+    def slow(*given: Any) -> Any:
+        waiting.release()
+        assert go_on.wait(20)
+        return update(*given)
+
+    monkeypatch.setattr(gallery, "update", slow)
+    with ThreadPoolExecutor(50) as pool:
+        changing = [pool.submit(client.patch, path, json={"camera": "c1"}) for _ in range(50)]
+        try:
+            assert waiting.acquire(timeout=20)
+            for open_path in ("/gallery", "/metrics", "/info"):
+                assert client.get(open_path).status_code == 200
+        finally:
+            go_on.set()
+        assert {one.result(20).status_code for one in changing} == {200}
+
+
+def test_waiting_for_a_decoder_counts_towards_the_deadline(
+    start: Start, embedder: FakeEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start(queue=QueueSettings(deadline_s=0.1))
+    parts: Parts = client.app.state.parts  # type: ignore[attr-defined]
+
+    async def never(*_: Any, **__: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(parts.decoders, "decode", never)
+
+    assert_problem(client.post("/embed", files=GOOD), 504, "deadline-exceeded")
+    assert embedder.batches == []

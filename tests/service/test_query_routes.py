@@ -58,7 +58,7 @@ def test_an_answer_has_the_shape_of_the_contract(peopled: TestClient) -> None:
     answer = ask(peopled)
 
     assert answer.keys() == {
-        "matches", "decision", "threshold", "searched", "model", "frames", "timing_ms"
+        "matches", "decision", "threshold", "searched", "model", "frames", "quality", "timing_ms"
     }  # fmt: skip
     assert answer["frames"] == {"received": 1, "used": 1}
     assert answer["model"] == "trsa-fake"

@@ -88,6 +88,30 @@ def test_after_the_grace_who_waits_hears_that_nothing_comes(tmp_path: Path) -> N
     assert "the grace is over" in service.log()
 
 
+@pytest.mark.parametrize(("stage", "path"), [("search", "/query"), ("store", "/gallery")])
+def test_what_outlives_the_grace_hears_that_the_service_stops(
+    tmp_path: Path, stage: str, path: str
+) -> None:
+    with (
+        serving(tmp_path, {"SHUTDOWN_GRACE_S": "0.5"}) as service,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        service.hold(stage)
+        asking = pool.submit(post, service, path)
+        assert eventually(service.entered)
+        service.send()
+
+        answer = asking.result(WAIT_S)
+
+        assert answer.status_code == 503
+        assert answer.json()["type"] == "/problems/not-ready"
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
+        assert answer.headers["retry-after"].isdigit()
+        assert service.process.wait(WAIT_S) == 0
+    assert "cut off by the end of the service" in service.log()
+    assert "Traceback" not in service.log()
+
+
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     with serving(tmp_path) as service, ThreadPoolExecutor(1) as pool:
         enrolling = occupy(service, pool)

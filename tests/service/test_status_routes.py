@@ -126,12 +126,13 @@ def test_a_closed_gallery_is_not_ready(client: TestClient, gallery: EmbeddedGall
 def test_a_full_disk_is_named_and_the_service_is_ready_again_once_there_is_room(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail() -> None:
+    async def fail() -> None:
         raise StorageFullError("cannot write the gallery: the disk is full")
 
     client.post("/embed", files=GOOD)
     with monkeypatch.context() as full:
-        full.setattr(client.app.state.readiness._asked["store"], "_check", fail)  # type: ignore[attr-defined]
+        readiness = client.app.state.readiness  # type: ignore[attr-defined]
+        full.setattr(readiness._questions["store"], "_check", fail)
         detail = assert_problem(client.get("/readyz"), 503, "not-ready")["detail"]
         assert client.post("/query", files=GOOD).status_code == 200
 
@@ -187,7 +188,7 @@ def test_the_enrolment_form_documents_its_fields(client: TestClient) -> None:
     schema = route["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert schema["properties"].keys() == {
         "frames", "archive", "video", "identity", "camera", "tracklet_id", "start_time",
-        "end_time", "metadata",
+        "end_time", "metadata", "expires_at",
     }  # fmt: skip
 
 
