@@ -23,6 +23,7 @@ from service.decoder_process import (
     ANSWER,
     BUFFERS,
     DECODED,
+    LENGTH,
     POSITION,
     READY,
     REFUSED,
@@ -156,7 +157,7 @@ class DecoderChild:
             return False
         try:
             async with asyncio.timeout(within_s):
-                await self.decode(pack_request({}, with_strip=False))
+                await self.decode(pack_request({}))
         except ValidationError:
             return True
         except (TimeoutError, ChildDiedError):
@@ -204,20 +205,36 @@ class DecoderChild:
         raise _refusal(told) if kind == REFUSED else _FailedError(_read_failure(told))
 
     async def _read_decoded(
-        self, used: int, received: int, length: int, digest: bytes, *quality: Any
+        self,
+        used: int,
+        received: int,
+        length: int,
+        strip_bytes: int,
+        kept: int,
+        digest: bytes,
+        *quality: Any,
     ) -> Decoded:
-        """Read the rest of an answer: clip, positions and strip."""
+        """Read the rest of an answer: clip, positions, strip and kept frames."""
         if not 0 < used <= self._limits.frames:
             raise ChildDiedError(f"it answered {used} frames")
         shape = (used, *self._frame_shape)
         clip_bytes = math.prod(shape)
         strip_at = clip_bytes + used * POSITION.itemsize
-        rest = await self._read(self._bounded(length, strip_at + _TOLD_BYTES))
+        frames_at = strip_at + strip_bytes + kept * LENGTH.itemsize
+        if kept not in (0, used):
+            raise ChildDiedError(f"it answered {kept} kept frames of {used}")
+        # What frames are kept of a video is bounded like an upload.
+        most = frames_at + (self._limits.request_bytes if kept else 0)
+        rest = await self._read(self._bounded(length, most))
         positions = rest[clip_bytes:strip_at].view(POSITION)
         seen = FrameQuality(*quality)
         clip = rest[:clip_bytes].reshape(shape)
         tracklet = DecodedTracklet(clip, tuple(positions.tolist()), received, seen.shortest_side)
-        return Decoded(tracklet, digest.hex(), rest[strip_at:].tobytes() or None, seen)
+        strip = rest[strip_at : strip_at + strip_bytes].tobytes()
+        lengths = rest[strip_at + strip_bytes : frames_at].view(LENGTH)
+        ends = frames_at + np.cumsum(lengths, dtype=np.int64)
+        frames = tuple(one.tobytes() for one in np.split(rest, [frames_at, *ends])[1:-1])
+        return Decoded(tracklet, digest.hex(), strip or None, seen, frames)
 
     def _bounded(self, length: int, limit: int) -> int:
         if length > limit:

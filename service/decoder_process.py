@@ -6,8 +6,9 @@ that it starts in a fraction of a second. What travels, in this order, numbers b
 - once: a `HELLO` of JSON with the choice of frames and the limits; the process answers `READY` when
   it can begin;
 - each upload: a `REQUEST`, a `FILE` for each of its files, then their bytes;
-- each answer: an `ANSWER`, then the bytes it counts: clip, positions and strip, or a refusal's
-  name, message and pointer as JSON, or the traceback of what should not have happened.
+- each answer: an `ANSWER`, then the bytes it counts: clip, positions, strip, lengths of kept frames
+  and these; or a refusal's name, message and pointer as JSON; or the traceback of what should not
+  have happened.
 
 The parent reads nothing but numbers, pixels and text of the lengths that it expects.
 """
@@ -31,16 +32,18 @@ import numpy as np
 from model.frames import Preprocessing
 from service.errors import ServiceError
 from service.limits import FILE_FIELDS, PlainLimits
-from service.uploads import Decoded, FrameChoice, decode_upload
+from service.uploads import Decoded, FrameChoice, Keep, decode_upload
 
 HELLO = struct.Struct(">I")  # bytes of JSON
 READY = b"\1"
-REQUEST = struct.Struct(">?I")  # whether a strip is wanted; files
+REQUEST = struct.Struct(">BI")  # what to keep, of `service.uploads.Keep`; files
 FILE = struct.Struct(">BQ")  # which of FILE_FIELDS; bytes
-# Kind; frames used and received; bytes of the rest; digest; shortest side, sharpness, brightness.
-ANSWER = struct.Struct(">BIIQ32sIdd")
+# Kind; frames used and received; bytes of the rest, and of the strip in it; how many frames are
+# kept; digest; shortest side, sharpness, brightness.
+ANSWER = struct.Struct(">BIIQII32sIdd")
 DECODED, REFUSED, FAILED = range(3)
 POSITION = np.dtype(">u4")
+LENGTH = np.dtype(">u8")  # of a kept frame
 # What one call may hand to the kernel is bounded (IOV_MAX, 1024).
 BUFFERS = 512
 
@@ -102,49 +105,54 @@ def _read_hello(connection: socket.socket) -> tuple[FrameChoice, PlainLimits]:
     return choice, PlainLimits(**told["limits"])
 
 
-def pack_request(files: dict[str, list[bytes]], *, with_strip: bool) -> list[bytes]:
+def pack_request(files: dict[str, list[bytes]], keep: Keep = Keep.NOTHING) -> list[bytes]:
     """What a decoder is sent of an upload."""
     sent = [(at, file) for at, name in enumerate(FILE_FIELDS) for file in files.get(name, ())]
     heads = [FILE.pack(at, len(file)) for at, file in sent]
-    start = REQUEST.pack(with_strip, len(sent))
+    start = REQUEST.pack(keep.value, len(sent))
     return [b"".join([start, *heads]), *(file for _, file in sent)]
 
 
-def _read_request(connection: socket.socket) -> tuple[dict[str, list[bytes]], bool]:
-    with_strip, count = REQUEST.unpack(receive(connection, REQUEST.size))
+def _read_request(connection: socket.socket) -> tuple[dict[str, list[bytes]], Keep]:
+    kept, count = REQUEST.unpack(receive(connection, REQUEST.size))
     heads = receive(connection, count * FILE.size)
     files: dict[str, list[bytes]] = {}
     for at, length in FILE.iter_unpack(heads):
         files.setdefault(FILE_FIELDS[at], []).append(receive(connection, length))
-    return files, with_strip
+    return files, Keep(kept)
 
 
 def _pack_answer(decoded: Decoded) -> list[bytes | memoryview]:
     tracklet = decoded.tracklet
     strip = decoded.strip or b""
     positions = np.array(tracklet.positions, dtype=POSITION).tobytes()
-    length = tracklet.clip.nbytes + len(positions) + len(strip)
+    lengths = np.array([len(one) for one in decoded.frames], dtype=LENGTH).tobytes()
+    pixels = tracklet.clip.data.cast("B")
+    rest: list[bytes | memoryview] = [pixels, positions, strip, lengths, *decoded.frames]
+    length = sum(map(len, rest))
     head = ANSWER.pack(
         DECODED,
         len(tracklet.clip),
         tracklet.received,
         length,
+        len(strip),
+        len(decoded.frames),
         bytes.fromhex(decoded.content),
         *astuple(decoded.quality),
     )
-    return [head, tracklet.clip.data, positions, strip]
+    return [head, *rest]
 
 
 def _pack_error(kind: int, told: str) -> list[bytes | memoryview]:
     content = told.encode("utf-8", "replace")
-    return [ANSWER.pack(kind, 0, 0, len(content), b"", 0, 0.0, 0.0), content]
+    return [ANSWER.pack(kind, 0, 0, len(content), 0, 0, b"", 0, 0.0, 0.0), content]
 
 
 def _answer(
-    files: dict[str, list[bytes]], choice: FrameChoice, limits: PlainLimits, *, with_strip: bool
+    files: dict[str, list[bytes]], choice: FrameChoice, limits: PlainLimits, keep: Keep
 ) -> list[bytes | memoryview]:
     try:
-        return _pack_answer(decode_upload(files, choice, limits, with_strip=with_strip))
+        return _pack_answer(decode_upload(files, choice, limits, keep=keep))
     except ServiceError as error:
         refusal = [type(error).__name__, str(error), getattr(error, "pointer", "")]
         return _pack_error(REFUSED, json.dumps(refusal))
@@ -176,10 +184,10 @@ def main() -> None:
         gc.freeze()  # what is there now stays, and need not be looked through again
         connection.sendall(READY)
         while True:
-            files, with_strip = _read_request(connection)
+            files, keep = _read_request(connection)
             # The parent ends what takes too long; this is for when the parent is gone itself.
             signal.setitimer(signal.ITIMER_REAL, ORPHAN_S)
-            answer = _answer(files, choice, limits, with_strip=with_strip)
+            answer = _answer(files, choice, limits, keep)
             signal.setitimer(signal.ITIMER_REAL, 0)
             del files
             send_all(connection, answer)

@@ -18,7 +18,7 @@ from service.decoder_child import ChildDiedError, DecoderChild, not_running
 from service.decoder_process import pack_hello, pack_request
 from service.errors import UndecodableFrameError, WorkerUnavailableError
 from service.limits import FrameLimits, PlainLimits
-from service.uploads import Decoded, FrameChoice, decode_upload
+from service.uploads import Decoded, FrameChoice, Keep, decode_upload
 
 log = logging.getLogger(__name__)
 # Seconds that one upload may take a decoder: far more than the largest video within the limits of
@@ -136,14 +136,14 @@ class Decoders:
             if isinstance(answer, BaseException):
                 raise answer
 
-    async def decode(self, files: dict[str, list[bytes]], *, with_strip: bool = False) -> Decoded:
+    async def decode(self, files: dict[str, list[bytes]], *, keep: Keep = Keep.NOTHING) -> Decoded:
         """Decode an upload.
 
         Cancelled before its turn, it is dropped; after that, it ends unheard.
 
         Args:
             files: File fields of the form.
-            with_strip: Draw the film strip, too.
+            keep: What is to be stored of it, besides its embedding.
 
         Raises:
             ServiceError: The upload is refused; the message says which frame and why.
@@ -153,8 +153,8 @@ class Decoders:
         """
         self._check_running()
         if not self._children:
-            return await self._decode_by_thread(files, with_strip=with_strip)
-        request = pack_request(files, with_strip=with_strip)
+            return await self._decode_by_thread(files, keep=keep)
+        request = pack_request(files, keep)
         child = await self._take()
         # A task of its own: its answer has to be read, whoever still wants it.
         return await asyncio.shield(asyncio.create_task(self._decode_by_child(child, request)))
@@ -196,20 +196,18 @@ class Decoders:
         finally:
             self._give_back(child)
 
-    async def _decode_by_thread(
-        self, files: dict[str, list[bytes]], *, with_strip: bool
-    ) -> Decoded:
+    async def _decode_by_thread(self, files: dict[str, list[bytes]], *, keep: Keep) -> Decoded:
         # Threads know the request's id by its context.
-        work = partial(copy_context().run, self._decode_here, files, with_strip=with_strip)
+        work = partial(copy_context().run, self._decode_here, files, keep=keep)
         try:
             decoding = asyncio.get_running_loop().run_in_executor(self._threads, work)
         except RuntimeError as error:  # closed since the line before
             raise not_running() from error
         return await decoding
 
-    def _decode_here(self, files: dict[str, list[bytes]], *, with_strip: bool) -> Decoded:
+    def _decode_here(self, files: dict[str, list[bytes]], *, keep: Keep) -> Decoded:
         self._check_running()  # or it has been closed since this was queued
-        return decode_upload(files, self._choice, self._limits, with_strip=with_strip)
+        return decode_upload(files, self._choice, self._limits, keep=keep)
 
     async def _decode_by_child(self, child: "DecoderChild", request: Sequence[bytes]) -> Decoded:
         try:

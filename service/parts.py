@@ -38,7 +38,7 @@ from service.minimums import check_agreement, check_frames
 from service.multipart import Form, read_form
 from service.schemas import FrameCounts, QualityBody
 from service.settings import LimitSettings, Settings
-from service.uploads import Decoded, DecodedTracklet
+from service.uploads import Decoded, DecodedTracklet, Keep
 from service.worker import Embedded, Embedder, EmbeddingWorker
 
 Result = TypeVar("Result")
@@ -224,7 +224,7 @@ PartsDep = Annotated[Parts, Depends(get_parts)]
 
 
 async def receive(
-    request: Request, parts: Parts, *, last: Slots | None = None, with_strip: bool = False
+    request: Request, parts: Parts, *, last: Slots | None = None, keep: Keep = Keep.NOTHING
 ) -> Upload:
     """Read and decode the tracklet of a request, under the limits.
 
@@ -232,7 +232,7 @@ async def receive(
         request: With an unread body.
         parts: Of the service.
         last: Bounds the stage behind the worker, where there is one.
-        with_strip: Draw the film strip, too.
+        keep: What is to be stored of it, besides its embedding.
 
     Raises:
         ServiceError: A stage is full, the service stops, or the upload is refused.
@@ -246,7 +246,7 @@ async def receive(
         timing = Timing()
         deadline = asyncio.get_running_loop().time() + settings.queue.deadline_s
         async with _while_connected(request), _until(deadline, parts):
-            decoded = await parts.decoders.decode(form.files, with_strip=with_strip)
+            decoded = await parts.decoders.decode(form.files, keep=keep)
         _observe_decoding(parts, timing)
     check_frames(decoded, settings.quality)
     return Upload(form.fields, decoded, timing, deadline)

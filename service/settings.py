@@ -153,6 +153,9 @@ class Settings(BaseSettings):
         description="Days after which a tracklet is erased, to the minute; kept where none.",
     )
     thumbnails: bool = Field(True, description="Keep a small film strip of each tracklet.")
+    keep_frames: bool = Field(
+        False, description="Keep the used frames, so that another model can embed them later."
+    )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Keys that open the service, separated by commas; open to all where none."
     )

@@ -5,6 +5,7 @@ depend on
 which frames are used.
 """
 
+import enum
 import hashlib
 import io
 import struct
@@ -36,7 +37,16 @@ from service.strips import film_strip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _EXPECTED_IMAGE = "expected a JPEG, PNG, WebP or BMP image"
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+KEPT_QUALITY = 95  # of the frames of a video, which have no file of their own
 _DIRECTORY_ENTRY = b"PK\x01\x02"
+
+
+class Keep(enum.Flag):
+    """What is stored of an upload, besides its embedding."""
+
+    NOTHING = 0
+    STRIP = enum.auto()
+    FRAMES = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +89,14 @@ class Decoded(NamedTuple):
         content: Digest of its files.
         strip: A JPEG, where one was asked for; see `service.strips`.
         quality: What its frames look like.
+        frames: The used ones as image files, where they are kept; those of a video as JPEG.
     """
 
     tracklet: DecodedTracklet
     content: str
     strip: bytes | None
     quality: FrameQuality
+    frames: tuple[bytes, ...] = ()
 
 
 def decode_upload(
@@ -92,7 +104,7 @@ def decode_upload(
     choice: FrameChoice,
     limits: FrameLimits,
     *,
-    with_strip: bool = False,
+    keep: Keep = Keep.NOTHING,
 ) -> Decoded:
     """Make everything of an upload that takes time.
 
@@ -100,16 +112,40 @@ def decode_upload(
         files: File fields of the form.
         choice: Which frames, and what they become.
         limits: What they may be.
-        with_strip: Draw the film strip, too.
+        keep: What else is to be made.
 
     Raises:
         ServiceError: The upload is refused; the message says which frame and why.
     """
     kind, unpacked = unpack(files, limits)
     tracklet = decode(kind, unpacked, choice, limits)
-    strip = film_strip(tracklet.clip) if with_strip else None
+    strip = film_strip(tracklet.clip) if Keep.STRIP in keep else None
     quality = measure_quality(tracklet.clip, tracklet.shortest_side)
-    return Decoded(tracklet, content_digest(unpacked), strip, quality)
+    frames: tuple[bytes, ...] = ()
+    if Keep.FRAMES in keep:
+        frames = _used_files(kind, unpacked, tracklet.positions, limits)
+    return Decoded(tracklet, content_digest(unpacked), strip, quality, frames)
+
+
+def _used_files(
+    kind: str, files: Sequence[bytes], positions: Sequence[int], limits: FrameLimits
+) -> tuple[bytes, ...]:
+    """The used frames as image files, as they were sent or, of a video, as they were filmed."""
+    if kind != "video":
+        return tuple(files[position] for position in positions)
+    from service.video import Pixels, read_video
+
+    def encode(pixels: Pixels) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=KEPT_QUALITY)
+        return buffer.getvalue()
+
+    _, kept = read_video(files[0], lambda _: positions, encode, limits)
+    if (total := sum(map(len, kept.values()))) > limits.request_bytes:
+        raise PayloadTooLargeError(
+            f"expected used frames of at most {limits.request_bytes} bytes as JPEG, got {total}"
+        )
+    return tuple(kept[position] for position in positions)
 
 
 def content_digest(files: Sequence[bytes]) -> str:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import av
 import numpy as np
@@ -20,6 +21,7 @@ from service.errors import (
 from service.limits import FrameLimits
 
 Pixels = NDArray[np.uint8]
+Made = TypeVar("Made")
 # Containers that hold a video themselves. Playlists (HLS, DASH, concat) would name further files.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,flv,asf,ogg,ivf,h264,hevc,"
@@ -33,16 +35,16 @@ _SLACK_S = 0.5
 def read_video(
     content: bytes,
     choose: Callable[[int], Sequence[int]],
-    prepare: Callable[[Pixels], Pixels],
+    prepare: Callable[[Pixels], Made],
     limits: FrameLimits,
-) -> tuple[int, dict[int, Pixels]]:
+) -> tuple[int, dict[int, Made]]:
     """Count the frames of a video, choose among them, and prepare only the chosen ones.
 
     Args:
         content: The file.
         choose: From how many frames there are to which are wanted.
-        prepare: Makes a frame, (H, W, 3) uint8 RGB, small. It is called as each one comes: to
-            hold them all at full size would take gigabytes.
+        prepare: Makes something small of a frame, (H, W, 3) uint8 RGB. It is called as each one
+            comes: to hold them all at full size would take gigabytes.
         limits: How many frames, and of which size.
 
     Returns:
@@ -57,7 +59,7 @@ def read_video(
         ValidationError: Its frames are smaller than the limit.
     """
     expected = _count_packets(content, limits)
-    frames: dict[int, Pixels] = {}
+    frames: dict[int, Made] = {}
     # A packet is a frame but in a few codecs (fields, hidden frames): then the second round knows
     # better.
     for _ in range(2):
@@ -140,10 +142,10 @@ def _check_size(width: int, height: int, limits: FrameLimits) -> None:
 def _decode(
     content: bytes,
     wanted: frozenset[int],
-    prepare: Callable[[Pixels], Pixels],
+    prepare: Callable[[Pixels], Made],
     limits: FrameLimits,
-) -> tuple[int, dict[int, Pixels]]:
-    frames: dict[int, Pixels] = {}
+) -> tuple[int, dict[int, Made]]:
+    frames: dict[int, Made] = {}
     received = 0
     with _open(content) as container:
         try:

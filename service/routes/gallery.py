@@ -25,6 +25,8 @@ from service.schemas import (
     problem_responses,
     upload_body,
 )
+from service.settings import Settings
+from service.uploads import Keep
 
 router = APIRouter(tags=["gallery"])
 TrackletId = Annotated[str, Path(pattern=ID_PATTERN)]
@@ -46,7 +48,7 @@ async def enrol(
     _: Annotated[NoParameters, Query()],
 ) -> RecordBody:
     """Enrol a tracklet; it is stored and searchable when this answers."""
-    upload = await receive(request, parts, last=parts.writes, with_strip=parts.settings.thumbnails)
+    upload = await receive(request, parts, last=parts.writes, keep=_kept(parts.settings))
     fields = _read_fields(upload.fields)
     check_metadata(fields.metadata, parts)
     content = f"{upload.decoded.content}:{_fields_digest(fields)}"
@@ -80,7 +82,8 @@ async def _add(
         expires_at=fields.expires_at,
         quality=quality_of(upload, embedded).model_dump(),
     )
-    enrolment = Enrolment(record, embedded.result.embedding, upload.decoded.strip)
+    kept = upload.decoded
+    enrolment = Enrolment(record, embedded.result.embedding, kept.strip, kept.frames)
     try:
         await write(parts, parts.gallery.add, [enrolment])
     except DuplicateTrackletError:
@@ -89,6 +92,12 @@ async def _add(
             raise
         return other, False
     return record, True
+
+
+def _kept(settings: Settings) -> Keep:
+    """What is stored of an upload, besides its embedding."""
+    strip = Keep.STRIP if settings.thumbnails else Keep.NOTHING
+    return strip | (Keep.FRAMES if settings.keep_frames else Keep.NOTHING)
 
 
 def _stored(gallery: Gallery, tracklet_id: str | None, content: str) -> TrackletRecord | None:

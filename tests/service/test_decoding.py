@@ -28,7 +28,7 @@ from service.errors import (
 from service.limits import PlainLimits
 from service.logs import TextFormatter, request_id
 from service.settings import LimitSettings
-from service.uploads import Decoded, FrameChoice, decode_upload
+from service.uploads import Decoded, FrameChoice, Keep, decode_upload
 from tests.service.making import GREEN, RED, encode, noise, picture, video, zipped
 
 CHOICE = FrameChoice(15, "even", Preprocessing(height=64, width=32))
@@ -62,7 +62,7 @@ def misbehave(files, choice, limits, **options):
         Path(told).read_bytes()
     if said == "lie":
         frames, length = map(int, told.split())
-        answer = decoder_process.DECODED, frames, 1, length, b"", 1, 0.0, 0.0
+        answer = decoder_process.DECODED, frames, 1, length, 0, 0, b"", 1, 0.0, 0.0
         head = decoder_process.ANSWER.pack(*answer)
         os.write(int(sys.argv[1]), head)
     if said in ("crash once", "wait"):
@@ -112,23 +112,23 @@ def assert_same(got: Decoded, expected: Decoded) -> None:
     assert got[1:] == expected[1:]
 
 
-@pytest.mark.parametrize("with_strip", [False, True])
+@pytest.mark.parametrize("keep", [Keep.NOTHING, Keep.STRIP, Keep.STRIP | Keep.FRAMES])
 @pytest.mark.parametrize("kind", UPLOADS)
-def test_a_process_answers_what_a_call_would(
-    decoders: Decoders, kind: str, with_strip: bool
-) -> None:
-    expected = decode_upload(UPLOADS[kind], CHOICE, LIMITS, with_strip=with_strip)
+def test_a_process_answers_what_a_call_would(decoders: Decoders, kind: str, keep: Keep) -> None:
+    expected = decode_upload(UPLOADS[kind], CHOICE, LIMITS, keep=keep)
 
-    assert_same(run(decoders, UPLOADS[kind], with_strip=with_strip), expected)
+    assert_same(run(decoders, UPLOADS[kind], keep=keep), expected)
+    used = len(expected.tracklet.positions)
+    assert len(expected.frames) == (used if Keep.FRAMES in keep else 0)
 
 
 def test_a_thread_answers_what_a_call_would() -> None:
-    expected = decode_upload(GOOD, CHOICE, LIMITS, with_strip=True)
+    expected = decode_upload(GOOD, CHOICE, LIMITS, keep=Keep.STRIP)
 
     with closing(Decoders(CHOICE, LIMITS, processes=0)) as threads:
         threads.start()
         asyncio.run(threads.check())
-        assert_same(run(threads, GOOD, with_strip=True), expected)
+        assert_same(run(threads, GOOD, keep=Keep.STRIP), expected)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ def test_a_decoder_that_is_stuck_when_its_parent_has_gone_ends_itself() -> None:
         send_all(ours, [pack_hello(CHOICE, PlainLimits.of(LIMITS))])
         assert receive(ours, 1) == READY
 
-        send_all(ours, pack_request(told("hang"), with_strip=False))
+        send_all(ours, pack_request(told("hang")))
         ours.close()
 
         try:

@@ -12,9 +12,21 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from index.embedded import EmbeddedGallery
+from index.gallery import NotFoundError
+from model.frames import choose_frames
 from service.settings import LimitSettings
 from tests.service.conftest import FakeEmbedder, Start, assert_problem, assert_refused, enrol
-from tests.service.making import BLUE, GOOD, GREEN, RED, clip_of
+from tests.service.making import (
+    BLUE,
+    GOOD,
+    GREEN,
+    RED,
+    as_frames,
+    as_video,
+    clip_of,
+    picture,
+    video,
+)
 
 
 def test_a_record_has_the_shape_of_the_contract(client: TestClient) -> None:
@@ -516,3 +528,25 @@ def test_a_metadata_limit_of_the_settings_is_kept(start: Start) -> None:
     answer = client.post("/gallery", files=GOOD, data={"metadata": '{"a": "0123456789ab"}'})
 
     assert_refused(client, answer, 413, "payload-too-large")
+
+
+def test_the_used_frames_are_kept_where_that_is_asked_for(
+    start: Start, gallery: EmbeddedGallery
+) -> None:
+    client = start(keep_frames=True, frames_per_tracklet=2)
+    sent = [picture(colour) for colour in (RED, GREEN, BLUE, RED)]
+
+    record = enrol(client, as_frames(sent))
+    filmed = client.post("/gallery", files=as_video(video())).json()
+
+    kept = gallery.frames(record["tracklet_id"])
+    assert kept == tuple(sent[at] for at in choose_frames(4, 2))
+    for jpeg in gallery.frames(filmed["tracklet_id"]):
+        assert jpeg.startswith(b"\xff\xd8")
+
+
+def test_no_frame_is_kept_unasked(start: Start, gallery: EmbeddedGallery) -> None:
+    record = enrol(start())
+
+    with pytest.raises(NotFoundError):
+        gallery.frames(record["tracklet_id"])

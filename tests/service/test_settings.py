@@ -43,6 +43,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "RETENTION_DAYS": ("30", 30.0),
     "THRESHOLD": ("11.2", 11.2),
     "THUMBNAILS": ("false", False),
+    "KEEP_FRAMES": ("true", True),
     "LOG_FORMAT": ("json", "json"),
     "SHUTDOWN_GRACE_S": ("3", 3.0),
 }
@@ -76,7 +77,8 @@ def test_each_setting_is_a_flag_that_wins_over_its_variable(
     if other is not None:
         monkeypatch.setenv(f"PASSERBY_{name}", str(other))
     flag = "--" + name.lower().replace("__", ".").replace("_", "-")
-    flags = ["--no-thumbnails"] if name == "THUMBNAILS" else [flag, text]
+    switches = {"THUMBNAILS": "--no-thumbnails", "KEEP_FRAMES": "--keep-frames"}
+    flags = [switches[name]] if name in switches else [flag, text]
 
     assert value_of(Settings.load(flags), name) == expected
 
