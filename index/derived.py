@@ -1,5 +1,6 @@
 """What memory holds of a gallery: derived from the store, and at any time made again from it."""
 
+import secrets
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -7,14 +8,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from index.columns import Columns
-from index.gallery import Embeddings, Filters, GroupBy, Match, SearchResult, TrackletRecord
+from index.gallery import (
+    Embeddings,
+    Filters,
+    GroupBy,
+    InvalidIndexError,
+    Match,
+    SearchResult,
+    TrackletRecord,
+)
 from index.ranking import Nearest, Rows, rank
 from index.rows import to_microseconds, to_stored
+from index.saved import Header, SavedIndexError
 from index.sharing import SharedCalls
-from index.store import Chunk, Store, to_matrix
+from index.store import Chunk, Store
+from index.vector_storage import to_matrix
 from index.vectors import Allowed, IndexPlan, VectorIndex
 
 _ROWS_AT_ONCE = 2048
+_DESCRIBED_AT_ONCE = 50_000
 # So few rows are measured one by one where FAISS would only guess: filters may leave a handful of
 # rows that an approximate search does not happen to pass by.
 _FEW_ROWS = 1000
@@ -69,6 +81,7 @@ class Derived:
         self.model = model
         self.vectors = vectors
         self.columns = Columns()
+        self.unsaved = 0  # rows that the saved index lacks, or has too many
         self._shared = SharedCalls(self._nearest, at_once=calls, most=_MOST_TOGETHER)
         # What every search wants to know, until the next change.
         self._everyone: Allowed | None = None
@@ -93,6 +106,58 @@ class Derived:
             derived.add(chunk)
         return derived
 
+    @classmethod
+    def from_saved(cls, store: Store, plan: IndexPlan, *, calls: int) -> "Derived":
+        """Make it from the saved index, and from what the store says that is new or gone since.
+
+        Raises:
+            SavedIndexError: The saved index is none of this store and plan, or damaged.
+        """
+        with store.saved.reading() as (header, keys, file):
+            _check_header(header, store, plan)
+            try:
+                vectors = plan.read(header.dimension, header.trained_on, file.read)
+            except (RuntimeError, MemoryError, InvalidIndexError) as error:
+                raise SavedIndexError(f"cannot read the index: {error}") from error
+        if len(keys) != header.slots or vectors.rows != header.rows:
+            message = f"{header.slots} keys and {header.rows} rows"
+            raise SavedIndexError(f"expected {message}, got {len(keys)} and {vectors.rows}")
+        derived = cls(header.model, vectors, calls=calls)
+        derived._follow(store, keys)
+        for chunk in store.chunks(_ROWS_AT_ONCE, after=int(keys.max(initial=0))):
+            derived.add(chunk)
+        return derived
+
+    def save(self, store: Store, plan: IndexPlan) -> None:
+        """Write it to the disk, for `from_saved`.
+
+        Raises:
+            OSError: The disk is full, or refuses.
+            GalleryError: The store does.
+        """
+        header = Header(
+            name=secrets.token_hex(16),
+            model=self.model,
+            dimension=self.dimension,
+            plan=plan.description,
+            trained_on=self.vectors.trained_on,
+            slots=len(self.columns.keys),
+            rows=self.vectors.rows,
+        )
+        alive = self.allowed(_EVERYONE).mask
+        store.saved.write(header, np.where(alive, self.columns.keys, -1), self.vectors.write)
+        # Last: until then the store knows the old file, and the new one counts for nothing.
+        with store.transaction() as transaction:
+            transaction.replace_property("saved-index", header.name)
+            transaction.commit()
+        self.unsaved = 0
+
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether it is worth a file, and a file would hold nothing that was erased."""
+        vectors = self.vectors
+        return vectors.is_derived_slowly and (vectors.forgets or not self.columns.dead)
+
     @property
     def dimension(self) -> int:
         """D."""
@@ -103,6 +168,7 @@ class Derived:
         self._forget()
         slots = self.columns.append(chunk.keys, chunk.identities, chunk.cameras, chunk.start_times)
         self.vectors.add(slots, chunk.vectors)
+        self.unsaved += len(slots)
 
     def update(self, key: int, record: TrackletRecord) -> None:
         """Replace what is known of a row."""
@@ -120,8 +186,8 @@ class Derived:
         self._forget()
         slots = self.columns.living(keys)
         self.columns.bury(slots)
-        for slot in slots.tolist():
-            self.vectors.remove(slot)
+        self.vectors.remove(slots)
+        self.unsaved += len(slots)
 
     @property
     def is_sparse(self) -> bool:
@@ -189,6 +255,29 @@ class Derived:
         mean = self.columns.alive / self._groups if group_by == "identity" else 1
         likely = min(int(4 * top_k * mean), _MOST_FIRST_CANDIDATES)
         return max(likely, 2 * top_k, _FIRST_CANDIDATES)
+
+    def _follow(self, store: Store, keys: Rows) -> None:
+        """Bring vectors that were saved into step with the store, and describe them.
+
+        Args:
+            store: The truth.
+            keys: (N,) int64 by slot, -1 where a slot is dead.
+        """
+        for part in store.columns(_DESCRIBED_AT_ONCE, until=int(keys.max(initial=0))):
+            self.columns.append(*part)
+        there = np.isin(keys, self.columns.keys)
+        if not np.array_equal(keys[there], self.columns.keys):
+            raise SavedIndexError("expected rows as they are stored, got others")
+        if there.all():
+            return
+        erased = np.flatnonzero(~there & (keys >= 0))
+        if len(erased):  # whoever erased them did not come to that
+            store.drop_saved()
+        if not self.vectors.forgets:
+            raise SavedIndexError("rows were erased since, which this kind of index cannot follow")
+        self.vectors.remove(erased)
+        self.vectors.compact(there)
+        self.unsaved = len(erased)
 
     def _forget(self) -> None:
         self._everyone = None
@@ -258,3 +347,11 @@ class _Searched:
         if not self._derived.columns.agree(slots, *known):
             raise OutOfStepError
         return [to_stored(row).record for row in stored]
+
+
+def _check_header(header: Header, store: Store, plan: IndexPlan) -> None:
+    _, model, dimension = store.content()
+    expected = (store.property("saved-index"), model, dimension, plan.description)
+    got = (header.name, header.model, header.dimension, header.plan)
+    if got != expected:
+        raise SavedIndexError(f"expected one of {expected}, got one of {got}")

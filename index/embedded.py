@@ -40,8 +40,10 @@ from index.gallery import (
 )
 from index.locks import ReadWriteLock
 from index.rows import Stored, to_microseconds
+from index.saved import SavedIndexError
 from index.schema import damage_told
 from index.store import Chunk, Store, Transaction
+from index.vector_storage import Storage, rounded
 from index.vectors import IndexPlan, processors
 
 _log = logging.getLogger(__name__)
@@ -49,6 +51,9 @@ _CHANGEABLE = frozenset({"identity", "camera", "start_time", "end_time", "metada
 # Beyond this length the square of a distance may overflow float32: (2 * 2^62)^2 = 2^126.
 _GREATEST_NORM = 2.0**62
 _UPKEEP_PAUSE_WRITES = 1000
+# The index is saved when more than a tenth of its rows is not in the file, but not more often than
+# this. What is missing there costs a start some time, and nothing else.
+_SAVING_PAUSE_S = 600.0
 # So many are erased at a time when theirs is over, and then others get their turn: a lock that is
 # taken again at once is rarely seen free by those who wait for it.
 _EXPIRED_AT_ONCE = 500
@@ -71,15 +76,23 @@ class EmbeddedGallery:
     distances in it are exact: they are measured again with the stored vectors. Indexes that need
     training are flat until there are enough rows, see `index.vectors.IndexPlan`.
 
+    Indexes that are slow to make (IVF, HNSW) are saved beside the store, at closing and every now
+    and then, so that the next opening need not make them again; see `index.saved`.
+
     Args:
         directory: Where the files are; made if it is missing. One opener at a time.
         index: A FAISS factory string.
+        storage: How embeddings are kept; None for what they are kept as already, and float32 in a
+            new gallery. With "float16" they are rounded when they are added, and take half the room
+            on the disk, and with "Flat" in memory, too: distances are exact distances to what was
+            rounded. It may change while the gallery is empty.
         searches: How many calls of FAISS may be under way at once; None for one a processor, as
             OpenMP counts them.
         clock: What the time is, aware: for the ledger of erasures.
 
     Raises:
         InvalidIndexError: The factory string cannot make a usable Euclidean index.
+        StorageMismatchError: The gallery's embeddings are kept otherwise.
         DamagedGalleryError: The files are not a gallery that this version can read.
         GalleryUnavailableError: The directory cannot be used, or is open elsewhere.
         StorageFullError: The disk is full.
@@ -90,10 +103,11 @@ class EmbeddedGallery:
         directory: Path,
         *,
         index: str = "Flat",
+        storage: Storage | None = None,
         searches: int | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._store = Store(directory)
+        self._store = Store(directory, storage=storage)
         self._clock = clock
         # Taken in this order. A writer holds the first throughout, the second while memory changes.
         self._writes = Lock()
@@ -104,10 +118,15 @@ class EmbeddedGallery:
         self._committing = False
         self._closed = False
         self._writes_until_upkeep = 0
+        self._saves_from = 0.0
         try:
             with damage_told():
-                self._plan = IndexPlan(index, self._store.content().dimension)
-                self._derived = self._load()
+                dimension = self._store.content().dimension
+                self._plan = IndexPlan(index, dimension, self._store.storage)
+                self._derived = self._load_saved()
+                if self._derived is None:
+                    self._derived = self._load()
+                    self._save()  # it may have taken long: whoever dies now need not wait again
         except BaseException:
             self._store.close()
             raise
@@ -124,12 +143,23 @@ class EmbeddedGallery:
         self.close()
 
     def close(self) -> None:
-        """Release the files. Calling it again does nothing."""
-        with self._writes, self._memory.writing():
-            if not self._closed:
-                self._closed = True
-                self._derived = None
-                self._store.close()
+        """Release the files. Calling it again does nothing.
+
+        Before, an index that is slow to make is saved, if it has changed; searches go on meanwhile.
+        """
+        with self._writes:
+            if not self._closed and not self._stale:
+                self._save()
+            with self._memory.writing():
+                if not self._closed:
+                    self._closed = True
+                    self._derived = None
+                    self._store.close()
+
+    @property
+    def storage(self) -> Storage:
+        """How its embeddings are kept."""
+        return self._store.storage
 
     @property
     def model(self) -> str | None:
@@ -140,13 +170,15 @@ class EmbeddedGallery:
     def add(self, enrolments: Sequence[Enrolment]) -> None:
         """Add tracklets durably, see `index.gallery.Gallery.add`.
 
-        Every now and then the call takes long, while it trains the index anew or frees memory.
+        Every now and then the call takes long, while it trains the index anew, saves it or frees
+        memory.
         Searches go on meanwhile.
         """
         if not enrolments:
             return
         with self._writing():
             dimension = self._check_enrolments(enrolments)
+            enrolments = [_rounded(enrolment, self._store.storage) for enrolment in enrolments]
             with self._store.transaction() as transaction:
                 ids = [enrolment.record.tracklet_id for enrolment in enrolments]
                 if taken := transaction.taken(ids):
@@ -499,6 +531,38 @@ class EmbeddedGallery:
         with self._memory.writing():
             self._derived, self._stale = derived, False
 
+    def _load_saved(self) -> Derived | None:
+        """Memory from the saved index, or None. Where that is of no use, it is removed."""
+        if not self._store.saved.exists:
+            return None
+        try:
+            derived = Derived.from_saved(self._store, self._plan, calls=self._calls)
+        except SavedIndexError as error:
+            _log.warning("the index is made anew, the saved one is of no use: %s", error)
+            self._store.drop_saved()
+            return None
+        self._saves_from = time.monotonic() + _SAVING_PAUSE_S
+        return derived
+
+    def _save_if_due(self) -> None:
+        if time.monotonic() < self._saves_from or self._derived is None:
+            return
+        most_unsaved = self._derived.columns.alive // 10
+        if self._derived.unsaved > most_unsaved or not self._store.saved.exists:
+            self._save()
+
+    def _save(self) -> None:
+        """Save the index, if it is worth it and has changed. Never fails; searches go on."""
+        derived = self._derived
+        if derived is None or not derived.can_be_saved or not derived.unsaved:
+            return
+        self._saves_from = time.monotonic() + _SAVING_PAUSE_S
+        try:
+            derived.save(self._store, self._plan)
+        except (OSError, RuntimeError, MemoryError, GalleryError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error  # without a path
+            _log.warning("the index could not be saved; the next start makes it anew: %s", reason)
+
     def _load(self) -> Derived | None:
         try:
             return Derived.load(self._store, self._plan, calls=self._calls)
@@ -506,7 +570,7 @@ class EmbeddedGallery:
             raise GalleryUnavailableError(f"cannot build the index: {error}") from error
 
     def _upkeep(self) -> None:
-        """Train anew, or free the memory of removed rows, when it is time. Never fails."""
+        """Train anew, free the memory of removed rows, or save, when it is time. Never fails."""
         self._writes_until_upkeep -= 1
         if self._derived is None or self._writes_until_upkeep > 0:
             return
@@ -518,6 +582,7 @@ class EmbeddedGallery:
                     self._rebuild()
             elif self._plan.wants_training(self._derived.vectors, self._derived.columns.alive):
                 self._rebuild()
+            self._save_if_due()
         except GalleryError:
             # What was asked for is done; the index is only less good than it could be.
             _log.exception("upkeep of the index failed; trying again later")
@@ -547,6 +612,13 @@ class EmbeddedGallery:
         if derived is None:
             self._plan.training_rows(dimension)  # raises if the index cannot be had in this size
         return dimension
+
+
+def _rounded(enrolment: Enrolment, storage: Storage) -> Enrolment:
+    """An enrolment as it will come back."""
+    if storage == "float32":
+        return enrolment
+    return replace(enrolment, embedding=rounded(enrolment.embedding, storage))
 
 
 def _check_limit(limit: int) -> None:

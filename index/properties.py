@@ -8,13 +8,18 @@ from index.calibration import Calibration
 from index.erasures import SALT_BYTES
 from index.gallery import ModelMismatchError
 
-Name = Literal["calibration", "erasure-salt"]
+Name = Literal["calibration", "erasure-salt", "storage", "saved-index"]
 
 
 def read_property(connection: sqlite3.Connection, name: Name) -> str | None:
     """A property, or None where there is none."""
     row = connection.execute("SELECT value FROM properties WHERE name = ?", (name,)).fetchone()
     return None if row is None else str(row[0])
+
+
+def replace_property(connection: sqlite3.Connection, name: Name, value: str) -> None:
+    """Keep a text in the place of the last one of its name, in this transaction."""
+    connection.execute("INSERT OR REPLACE INTO properties VALUES (?, ?)", (name, value))
 
 
 def erasure_salt(connection: sqlite3.Connection) -> bytes:

@@ -74,6 +74,14 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (digest, kind)
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE succeeding_embeddings (  -- by another model, see index/succession.py
+        key INTEGER PRIMARY KEY REFERENCES tracklets (key) ON DELETE CASCADE,
+        model TEXT NOT NULL,
+        vector BLOB NOT NULL,
+        frame_distance REAL NOT NULL
+    );
+    """,
 )
 
 

@@ -29,7 +29,13 @@ from index.gallery import (
 )
 from index.locks import DirectoryLock
 from index.probe import WriteProbe
-from index.properties import Name, erasure_salt, read_property, replace_calibration
+from index.properties import (
+    Name,
+    erasure_salt,
+    read_property,
+    replace_calibration,
+    replace_property,
+)
 from index.rows import (
     PLACES,
     RECORD,
@@ -40,14 +46,31 @@ from index.rows import (
     to_stored,
     where,
 )
-from index.schema import BUSY_TIMEOUT_MS, MIGRATIONS, open_reader, open_writer, translated
+from index.saved import SavedIndex
+from index.schema import (
+    BUSY_TIMEOUT_MS,
+    MIGRATIONS,
+    damage_told,
+    open_reader,
+    open_writer,
+    translated,
+)
 from index.scrub import UnknownLayoutError, scrub
+from index.vector_storage import (
+    Storage,
+    StorageMismatchError,
+    dimension_of,
+    storage_of,
+    to_blob,
+)
+from index.vector_storage import to_matrix as to_matrix  # is imported from here, too
 
 FILE_NAME = "passerby.sqlite3"
 LOCK_NAME = "passerby.lock"
 
 _log = logging.getLogger(__name__)
-_VECTOR = np.dtype("<f4")
+# Vectors of a sample are read so many at a time.
+_ROWS_AT_ONCE = 2048
 # Fewer free pages (4 KiB each) are not given back: the next enrolments take them.
 _FEW_FREE_PAGES = 256
 # So many are given back at a time: searches go on meanwhile, but no write does.
@@ -95,6 +118,15 @@ class Chunk:
         )
 
 
+class Described(NamedTuple):
+    """Consecutive rows as in `Chunk`, without vectors."""
+
+    keys: Sequence[int]
+    identities: Sequence[str | None]
+    cameras: Sequence[str | None]
+    start_times: Sequence[int | None]
+
+
 class Outline(NamedTuple):
     """What decides whether a tracklet was erased, see `index.erasures.Erasable`."""
 
@@ -106,8 +138,10 @@ class Outline(NamedTuple):
 class Transaction:
     """Changes that happen together at `commit`, or not at all."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, storage: Storage = "float32") -> None:
         self._connection = connection
+        self._storage = storage
+        self.has_erased = False
 
     def taken(self, tracklet_ids: Iterable[str]) -> list[str]:
         """Those of the ids that are in use, sorted."""
@@ -127,13 +161,17 @@ class Transaction:
         return _get(self._connection, tracklet_id)
 
     def insert(self, enrolment: Enrolment) -> int:
-        """Add a tracklet; returns its key."""
+        """Add a tracklet; returns its key.
+
+        Raises:
+            InvalidEmbeddingError: See `index.vector_storage.to_blob`.
+        """
         cursor = self._connection.execute(
             f"INSERT INTO tracklets ({RECORD}) VALUES ({PLACES})",  # noqa: S608
             (None, *to_row(enrolment.record)),
         )
         key = cursor.lastrowid
-        vector = enrolment.embedding.astype(_VECTOR, copy=False).tobytes()
+        vector = to_blob(enrolment.embedding, self._storage)
         self._connection.execute("INSERT INTO embeddings VALUES (?, ?)", (key, vector))
         if enrolment.strip is not None:
             self._connection.execute("INSERT INTO strips VALUES (?, ?)", (key, enrolment.strip))
@@ -205,6 +243,7 @@ class Transaction:
             at: When, aware.
             identity: The one that is erased with them, if it is.
         """
+        self.has_erased = True
         salt = erasure_salt(self._connection)
         erased: list[tuple[Kind, str]] = [("tracklet", each) for each in tracklets.values()]
         if identity is not None:
@@ -231,6 +270,10 @@ class Transaction:
         """See `index.properties.replace_calibration`."""
         replace_calibration(self._connection, calibration)
 
+    def replace_property(self, name: Name, value: str) -> None:
+        """Keep a text under a name, in the place of the last."""
+        replace_property(self._connection, name, value)
+
     def commit(self) -> None:
         """Make the changes durable and visible."""
         with translated("write the gallery"):
@@ -245,14 +288,23 @@ class Store:
     Args:
         directory: Made, readable for its owner only, if it is missing.
         migrations: See `index.schema.MIGRATIONS`.
+        storage: How embeddings are kept; None for what they are kept as already, and float32 in a
+            new gallery. It may change while the gallery is empty.
 
     Raises:
         GalleryUnavailableError: The directory cannot be used, or is open elsewhere.
+        StorageMismatchError: There are embeddings, and they are kept otherwise.
         DamagedGalleryError: The file in it is not a gallery that this version can read.
         StorageFullError: The disk is full.
     """
 
-    def __init__(self, directory: Path, migrations: Sequence[str] = MIGRATIONS) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        migrations: Sequence[str] = MIGRATIONS,
+        *,
+        storage: Storage | None = None,
+    ) -> None:
         self._path = directory / FILE_NAME
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -268,7 +320,13 @@ class Store:
         try:
             self._inode = os.fstat(self._file).st_ino
             self._writer = open_writer(self._path, migrations)
-            self._probe = WriteProbe(directory)
+            try:
+                with damage_told(), translated("open the gallery"):
+                    self.storage = _settle_storage(self._writer, storage)
+                self._probe = WriteProbe(directory)
+            except BaseException:
+                self._writer.close()
+                raise
         except BaseException:
             os.close(self._file)
             self._lock.release()
@@ -276,6 +334,8 @@ class Store:
         # Whether the files may hold traces of what was erased: who opened them last may have died.
         self._has_traces = True
         self._scrubs_from = 0.0
+        self.saved = SavedIndex(directory)
+        self._is_saved_outdated = False
         self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         self._closed = False
 
@@ -300,8 +360,10 @@ class Store:
         with translated("write the gallery"):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
-                yield Transaction(self._writer)
+                transaction = Transaction(self._writer, self.storage)
+                yield transaction
             finally:
+                self._is_saved_outdated |= transaction.has_erased
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
 
@@ -321,6 +383,8 @@ class Store:
             at_once: Do not put off what takes long in a large file, see `_SCRUBBING_SHARE`.
         """
         self._has_traces = True
+        if self._is_saved_outdated:
+            self.drop_saved()
         self._writer.execute("PRAGMA busy_timeout = 0")  # rather than wait for readers
         try:
             self._give_back_pages()
@@ -331,6 +395,15 @@ class Store:
             _log.warning("traces of what was erased could not be removed from the files: %s", error)
         finally:
             self._writer.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+    def drop_saved(self) -> None:
+        """Remove the saved index, with what was erased since. Never fails, but may have to wait."""
+        try:
+            self.saved.destroy()
+            self._is_saved_outdated = False
+        except OSError as error:
+            self._is_saved_outdated = self._has_traces = True
+            _log.warning("the saved index could not be removed: %s", error.strerror)
 
     def _give_back_pages(self) -> None:
         [free] = self._writer.execute("PRAGMA freelist_count").fetchone()
@@ -351,7 +424,7 @@ class Store:
             log = self._path.with_name(f"{self._path.name}-wal")
             if not log.exists() or not log.stat().st_size:  # else another process has just written
                 scrub(self._writer, self._file)
-                self._has_traces = False
+                self._has_traces = self._is_saved_outdated
         finally:
             self._writer.execute("ROLLBACK")
             self._writer.execute("PRAGMA shrink_memory")  # pages as they were, traces and all
@@ -476,13 +549,32 @@ class Store:
         return {row[0]: row for row in found}
 
     def sample(self, count: int) -> Embeddings:
-        """Embeddings drawn at random, (at most ``count``, D) float32; the same every time."""
+        """Embeddings drawn at random, (at most ``count``, D) float32; the same every time.
+
+        Raises:
+            ValueError: There are none, or none are wanted.
+        """
         with self._reading() as connection:
             rows = connection.execute("SELECT key FROM tracklets ORDER BY key").fetchall()
         keys = np.array(rows, dtype=np.int64).reshape(-1)
         drawn = np.random.default_rng(0).permutation(keys)[:count]
-        found = self.rows(np.sort(drawn).tolist(), vectors=True)
-        return to_matrix([row[-1] for _, row in sorted(found.items())])
+        drawn.sort()
+        made: Embeddings | None = None  # filled in place: in parts it would be held twice
+        for start in range(0, len(drawn), _ROWS_AT_ONCE):
+            part = drawn[start : start + _ROWS_AT_ONCE]
+            vectors = to_matrix(self._vectors(part.tolist()))
+            if made is None:
+                made = np.empty((len(drawn), vectors.shape[1]), dtype=np.float32)
+            made[start : start + len(part)] = vectors
+        if made is None:
+            raise ValueError("expected rows to draw from, got none")
+        return made
+
+    def _vectors(self, keys: Sequence[int]) -> list[bytes]:
+        query = "SELECT vector FROM embeddings WHERE key IN (SELECT value FROM json_each(?)) "
+        with self._reading() as connection:
+            rows = connection.execute(f"{query} ORDER BY key", [json.dumps(keys)]).fetchall()
+        return [vector for (vector,) in rows]
 
     def content(self) -> Content:
         """How much there is, and of what.
@@ -497,17 +589,39 @@ class Store:
             vectors, smallest, greatest = connection.execute(
                 "SELECT count(*), min(length(vector)), max(length(vector)) FROM embeddings"
             ).fetchone()
-        is_whole = smallest is None or (smallest > 0 and smallest % _VECTOR.itemsize == 0)
+        dimension = None if smallest is None else dimension_of(smallest)
+        is_whole = smallest is None or (
+            dimension is not None and storage_of(smallest) == self.storage
+        )
         if tracklets != vectors or models > 1 or smallest != greatest or not is_whole:
             raise DamagedGalleryError(
                 f"expected embeddings of one model and size for {tracklets} tracklets, got "
                 f"{vectors} of {models} models and {smallest} to {greatest} bytes"
             )
-        return Content(tracklets, model, smallest // _VECTOR.itemsize if tracklets else None)
+        return Content(tracklets, model, dimension)
 
-    def chunks(self, rows: int) -> Iterator[Chunk]:
-        """Everything, by key, ``rows`` at a time."""
+    def columns(self, rows: int, *, until: int) -> Iterator[Described]:
+        """Everything but the vectors, by key, ``rows`` at a time.
+
+        Args:
+            rows: How many at a time.
+            until: The last key that is wanted.
+        """
+        query = (
+            "SELECT key, identity, camera, start_time FROM tracklets "
+            "WHERE key > ? AND key <= ? ORDER BY key LIMIT ?"
+        )
         after = 0
+        while True:
+            with self._reading() as connection:
+                found = connection.execute(query, (after, until, rows)).fetchall()
+            if not found:
+                return
+            yield Described(*zip(*found, strict=True))
+            after = found[-1][0]
+
+    def chunks(self, rows: int, *, after: int = 0) -> Iterator[Chunk]:
+        """Everything with a key greater than one, by key, ``rows`` at a time."""
         while found := self._chunk(after, rows):
             keys, identities, cameras, start_times, blobs = zip(*found, strict=True)
             yield Chunk(keys, identities, cameras, start_times, to_matrix(blobs))
@@ -572,6 +686,20 @@ class Store:
                 return
 
 
+def _settle_storage(connection: sqlite3.Connection, wanted: Storage | None) -> Storage:
+    """How embeddings are kept from now on."""
+    found: Storage = "float16" if read_property(connection, "storage") == "float16" else "float32"
+    if wanted in {None, found}:
+        return found
+    if connection.execute("SELECT key FROM embeddings LIMIT 1").fetchone() is not None:
+        raise StorageMismatchError(
+            f"expected embeddings kept as {wanted}, got a gallery of {found}: "
+            f"open it as {found}, or export it and import it into a new gallery"
+        )
+    replace_property(connection, "storage", wanted)
+    return wanted
+
+
 def _open(path: Path) -> int:
     """Make the file, for its owner only, if it is missing; returns a descriptor of it."""
     try:
@@ -603,8 +731,3 @@ def _get(connection: sqlite3.Connection, tracklet_id: str) -> Stored:
     if row is None:
         raise NotFoundError(f"no tracklet has the id {tracklet_id}")
     return to_stored(row)
-
-
-def to_matrix(blobs: Sequence[bytes]) -> Embeddings:
-    """(n, D) float32 of n vectors' bytes."""
-    return np.frombuffer(b"".join(blobs), dtype=_VECTOR).astype(np.float32).reshape(len(blobs), -1)

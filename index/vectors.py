@@ -1,7 +1,6 @@
-"""FAISS: which kinds of index a gallery can use, and one index in use."""
+"""FAISS: one index in use, and what it takes to make one. Which kinds: `index.factories`."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from threading import Lock
@@ -11,24 +10,26 @@ import faiss as _faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from index.factories import create, inner_of, refusal, training_rows
 from index.gallery import Embeddings, InvalidIndexError
 from index.ranking import Error, Nearest, Rows, expansion_error, summation_error
+from index.vector_storage import Storage
 
 # Its type stubs know C++'s signatures, not those that its Python layer puts in their place.
 faiss: Any = _faiss
 
 _THRESHOLD = int(faiss.cvar.distance_compute_blas_threshold)
 
-# What FAISS itself calls enough training points for each of its clusters.
-_POINTS_PER_CENTROID = 39
-# A training set this many times the smallest is as good as any (156 points for each cluster).
+# A training set this many times the smallest is as good as any (156 points for each cluster) ...
 _SATURATION = 4
-_LEAST_TRAINING_ROWS = 1000
+# ... and where vectors are long it takes no more memory than this, unless the smallest does.
+_SAMPLE_BYTES = 1 << 30
 # To judge a factory string before any vector has come: product quantisers want a divisor of D.
 _EXAMPLE_DIMENSIONS = (2048, 6144, 5040)
 # Up to so many queries a flat search measures each vector directly, for more it multiplies
 # matrices: five cost as much as three or four, 64 as much as eight (2048 values, one thread).
 _MOST_DIRECT_QUERIES = 4
+_BYTES_AT_ONCE = 1 << 20
 # Further from every embedding that a gallery takes than any other, and its distances are finite.
 _FAR = np.float32(2.0**63)
 
@@ -63,20 +64,30 @@ class IndexPlan:
     An index that has to be trained (IVF, PQ, SQ) begins as a flat one, and is trained and built
     when there are enough rows: 39 for each cluster, so 39 * nlist for IVF and 39 * 256 for 8-bit
     product quantisers; at least 1000, and D where vectors are transformed first. It is trained
-    again when the rows have doubled, until the training set was four times that large.
+    again when the rows have doubled, until the training set was four times that large, or 1 GiB.
 
     Args:
         factory: As for ``faiss.index_factory``: "Flat", "HNSW32", "IVF1024,Flat", ...
         dimension: D, or None while nobody knows.
+        storage: How embeddings are stored. With float16, a flat index takes half the memory, too.
 
     Raises:
         InvalidIndexError: FAISS refuses it, or it cannot filter by row, or is not Euclidean.
     """
 
-    def __init__(self, factory: str, dimension: int | None = None) -> None:
+    def __init__(
+        self, factory: str, dimension: int | None = None, storage: Storage = "float32"
+    ) -> None:
         self.factory = factory
+        self.storage = storage
+        self._flat = "Flat" if storage == "float32" else "SQfp16"
         self._training_rows: dict[int, int] = {}
         self._check(dimension)
+
+    @property
+    def description(self) -> str:
+        """Equal for plans that lead to the same index, with this version of FAISS."""
+        return f"{self.factory} of {self.storage} by FAISS {faiss.__version__}"
 
     def training_rows(self, dimension: int) -> int:
         """How many rows it takes to follow the plan; 0 if it needs no training.
@@ -85,20 +96,20 @@ class IndexPlan:
             InvalidIndexError: FAISS cannot make it with this dimension.
         """
         if dimension not in self._training_rows:
-            self._training_rows[dimension] = _training_rows(self._create(dimension))
+            self._training_rows[dimension] = training_rows(self._create(dimension))
         return self._training_rows[dimension]
 
     def wants_training(self, vectors: "VectorIndex", rows: int) -> bool:
         """Whether ``vectors`` should be replaced by one that is trained on the present rows."""
         needed = self.training_rows(vectors.dimension)
-        if not needed or vectors.trained_on >= _SATURATION * needed:
+        if not needed or vectors.trained_on >= self._most_rows(vectors.dimension):
             return False
         return rows >= max(needed, 2 * vectors.trained_on)
 
     def sample_rows(self, dimension: int, rows: int) -> int:
         """How many of so many rows to train with; 0 if none."""
         needed = self.training_rows(dimension)
-        return min(rows, _SATURATION * needed) if rows >= needed else 0
+        return min(rows, self._most_rows(dimension)) if rows >= needed else 0
 
     def build(self, dimension: int, sample: Embeddings | None) -> "VectorIndex":
         """Make an empty index.
@@ -113,59 +124,72 @@ class IndexPlan:
         """
         made = self._create(dimension)
         if sample is None:
-            return VectorIndex(made if made.is_trained else faiss.IndexFlatL2(dimension))
+            made = made if made.is_trained else create(self._flat, dimension)
+            return VectorIndex(made, storage=self.storage)
         try:
             made.train(sample)
         except RuntimeError as error:
-            raise InvalidIndexError(self._refusal(error)) from error
-        return VectorIndex(made, trained_on=len(sample))
+            raise InvalidIndexError(refusal(self.factory, error)) from error
+        return VectorIndex(made, trained_on=len(sample), storage=self.storage)
+
+    def read(
+        self, dimension: int, trained_on: int, source: Callable[[int], bytes]
+    ) -> "VectorIndex":
+        """Read what `VectorIndex.write` wrote, for this plan.
+
+        Args:
+            dimension: D.
+            trained_on: See `VectorIndex`.
+            source: Gives so many bytes, or what is left.
+
+        Raises:
+            InvalidIndexError: It is something else.
+            RuntimeError: FAISS cannot read it.
+        """
+        made = faiss.read_index(faiss.PyCallbackIOReader(source, _BYTES_AT_ONCE))
+        expected = self._create(dimension)
+        if (type(made), type(inner_of(made)), made.d) != (
+            type(expected),
+            type(inner_of(expected)),
+            dimension,
+        ):
+            raise InvalidIndexError(f"expected {self.factory!r}, got a {type(made).__name__}")
+        return VectorIndex(made, trained_on=trained_on, storage=self.storage)
+
+    def _most_rows(self, dimension: int) -> int:
+        """How many rows to train with at most."""
+        needed = self.training_rows(dimension)
+        affordable = _SAMPLE_BYTES // (dimension * np.dtype(np.float32).itemsize)
+        return max(needed, min(_SATURATION * needed, affordable))
 
     def _check(self, dimension: int | None) -> None:
         refusals = []
         for possible in [dimension] if dimension is not None else _EXAMPLE_DIMENSIONS:
             try:
                 self._create(possible)
-            except InvalidIndexError as refusal:
-                refusals.append(refusal)
+            except InvalidIndexError as refused:
+                refusals.append(refused)
             else:
                 return
         raise refusals[0]
 
     def _create(self, dimension: int) -> Any:
-        try:
-            made = faiss.index_factory(dimension, self.factory, faiss.METRIC_L2)
-        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
-            raise InvalidIndexError(self._refusal(error)) from error
-        inner = _inner(made)
-        if not isinstance(inner, _filterable()):
-            raise InvalidIndexError(
-                "expected a FAISS index of kind Flat, SQ, HNSW or IVF, perhaps behind PCA, OPQ or "
-                f"the like, got {self.factory!r}: {type(inner).__name__} cannot filter by row"
-            )
-        if isinstance(inner, faiss.IndexIVF) and inner.nlist < 1:
-            raise InvalidIndexError(f"expected at least one IVF list, got {self.factory!r}")
-        if isinstance(inner, faiss.IndexHNSW) and inner.hnsw.nb_neighbors(0) < 4:
-            raise InvalidIndexError(f"expected HNSW with two links or more, got {self.factory!r}")
-        if made.metric_type != faiss.METRIC_L2 or _normalises(made):
-            raise InvalidIndexError(f"expected a Euclidean index, got {self.factory!r}")
-        return made
-
-    def _refusal(self, error: BaseException) -> str:
-        reason = re.sub(r"Error in .* at \S+:\d+: (Error: )?", "", str(error)).strip()
-        return f"FAISS cannot make an index from {self.factory!r}: {reason}"
+        return create(self._flat if self.factory == "Flat" else self.factory, dimension)
 
 
 class VectorIndex:
     """One FAISS index whose ids are slots (see `index.columns.Columns`). Not thread-safe.
 
     Args:
-        made: A trained FAISS index without rows.
+        made: A trained FAISS index.
         trained_on: How many rows it was trained with; 0 if it was not.
+        storage: How the vectors are stored that it gets.
     """
 
-    def __init__(self, made: Any, trained_on: int = 0) -> None:
+    def __init__(self, made: Any, trained_on: int = 0, storage: Storage = "float32") -> None:
         self._index = made
-        self._inner = _inner(made)
+        self._inner = inner_of(made)
+        self._storage = storage
         self.trained_on = trained_on
         if isinstance(self._inner, faiss.IndexIVF):
             # FAISS's own default of one list finds too little, and a factory string has no say.
@@ -178,8 +202,30 @@ class VectorIndex:
 
     @property
     def exhaustive(self) -> bool:
-        """Whether a search looks at every vector, as it is."""
+        """Whether a search looks at every vector, as it is stored."""
+        return self._is_flat or self._keeps_halves
+
+    @property
+    def is_derived_slowly(self) -> bool:
+        """Whether making it anew takes so long that it is worth a file."""
+        return isinstance(self._inner, faiss.IndexIVF | faiss.IndexHNSW)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether what is removed is really gone, so that `write` does not write it."""
+        is_ivf = isinstance(self._inner, faiss.IndexIVF)
+        return is_ivf and not isinstance(self._inner, faiss.IndexIVFFastScan)
+
+    @property
+    def _is_flat(self) -> bool:
         return type(self._index) in {faiss.IndexFlat, faiss.IndexFlatL2}
+
+    @property
+    def _keeps_halves(self) -> bool:
+        """Whether it keeps float16 of what is float16 already, and so loses nothing."""
+        is_scalar = type(self._index) is faiss.IndexScalarQuantizer
+        half = faiss.ScalarQuantizer.QT_fp16
+        return self._storage == "float16" and is_scalar and self._index.sq.qtype == half
 
     @property
     def _error(self) -> Error | None:
@@ -212,23 +258,31 @@ class VectorIndex:
         Args:
             slots: (n,) int64.
         """
-        vectors: Embeddings = self._codes()[slots].view(np.float32)
+        kept = np.float16 if self._keeps_halves else np.float32
+        vectors: Embeddings = self._codes()[slots].view(kept).astype(np.float32, copy=False)
         return vectors
 
-    def remove(self, slot: int) -> None:
-        """Erase a vector as far as this kind of index can.
+    def remove(self, slots: Rows) -> None:
+        """Erase vectors as far as this kind of index can: all at once, for each call looks at all.
 
-        Its slot must be left out of what a search finds.
+        Their slots must be left out of what a search finds.
+
+        Args:
+            slots: (n,) int64.
         """
+        if not len(slots):
+            return
         if isinstance(self._inner, faiss.IndexIVFFastScan):
             return  # FAISS 1.15 mixes up what is added after a removal: most of it is not found
         if isinstance(self._inner, faiss.IndexIVF):
-            self._index.remove_ids(np.array([slot], dtype=np.int64))
+            mask = np.zeros(int(slots.max()) + 1, dtype=np.bool_)
+            mask[slots] = True
+            self._index.remove_ids(_selector(mask))
         elif isinstance(self._inner, faiss.IndexFlatCodes):
-            self._codes()[slot] = 0
-            if self.exhaustive:
+            self._codes()[slots] = 0
+            if self._is_flat:
                 # Where it does not crowd out the living: matrices are multiplied with all slots.
-                self._codes()[slot].view(np.float32)[0] = _FAR
+                self._codes().view(np.float32)[slots, 0] = _FAR
 
     def compact(self, alive: NDArray[np.bool_]) -> bool:
         """Close the gaps of dead slots, if this kind of index can; says whether it did.
@@ -236,27 +290,49 @@ class VectorIndex:
         Args:
             alive: (N,) bool, by slot.
         """
-        if not isinstance(self._inner, faiss.IndexFlatCodes):
+        if isinstance(self._inner, faiss.IndexFlatCodes):
+            self._index.remove_ids(_selector(~alive))
+        elif self.forgets:
+            self._renumber(np.cumsum(alive, dtype=np.int64) - 1)
+        else:
             return False
-        self._index.remove_ids(_selector(~alive))
         return True
+
+    def write(self, sink: Callable[[bytes], int]) -> None:
+        """Hand the index on as bytes.
+
+        Args:
+            sink: Takes a part, and says how much of it.
+        """
+        faiss.write_index(self._index, faiss.PyCallbackIOWriter(sink, _BYTES_AT_ONCE))
+
+    @property
+    def rows(self) -> int:
+        """How many vectors there are, and of those that are not `forgets` also removed ones."""
+        return int(self._index.ntotal)
+
+    def _renumber(self, numbers: Rows) -> None:
+        """Give the rows of an IVF index other slots, by the slots that they have."""
+        lists = self._inner.invlists
+        for number in range(lists.nlist):
+            if size := lists.list_size(number):
+                slots = faiss.rev_swig_ptr(lists.get_ids(number), size)
+                slots[:] = numbers[slots]
 
     def search(self, queries: Embeddings, count: int, allowed: Allowed) -> list[Nearest]:
         """The slots nearest to each query; from a flat index, perhaps with removed ones.
 
-        A flat search keeps one processor busy, whatever the number of queries: threads that meet
-        after every block of vectors take up to a hundred times as long as one, as soon as something
-        else keeps the processors busy.
+        It keeps one processor busy, whatever the number of queries: threads that meet after every
+        block or list of vectors gain little, and take up to a hundred times as long as one, as soon
+        as something else keeps the processors busy.
 
         Args:
             queries: (M, D) float32.
             count: How many slots for each.
             allowed: Which take part.
         """
-        if not self.exhaustive:
-            return self._search_selected(queries, count, allowed)
         with _single_threaded():
-            if allowed.everyone and len(queries) > _MOST_DIRECT_QUERIES:
+            if self._is_flat and allowed.everyone and len(queries) > _MOST_DIRECT_QUERIES:
                 return self._search_expanded(queries, count)
             return self._search_selected(queries, count, allowed)
 
@@ -265,7 +341,7 @@ class VectorIndex:
         # FAISS then measures four vectors at a time. And it never multiplies matrices.
         # At least one: FAISS does not like to be asked for none, and answers row -1 where none is.
         wanted = max(1, min(count, allowed.count))
-        parameters = self._parameters(self._inner, wanted, allowed.selector)
+        parameters = self._parameters(self._inner, wanted, allowed)
         if self._inner is not self._index:
             parameters = faiss.SearchParametersPreTransform(index_params=parameters)
         distances, slots = self._index.search(queries, wanted, params=parameters)
@@ -285,17 +361,17 @@ class VectorIndex:
             for query, one, squared in zip(queries, slots, distances, strict=True)
         ]
 
-    def _parameters(self, inner: Any, count: int, selector: Any) -> Any:
+    def _parameters(self, inner: Any, count: int, allowed: Allowed) -> Any:
         if isinstance(inner, faiss.IndexIVF):
-            # So many lists that twice the count is in them on average: a longer search looks
-            # further, and one for everything looks everywhere.
-            enough = -(-2 * count * inner.nlist // max(1, inner.ntotal))
+            # So many lists that twice the count is in them on average, of those that take part: a
+            # longer search looks further, and one for everything looks everywhere.
+            enough = -(-2 * count * inner.nlist // max(1, allowed.count))
             lists = min(inner.nlist, max(inner.nprobe, enough))
-            return faiss.SearchParametersIVF(sel=selector, nprobe=lists)
+            return faiss.SearchParametersIVF(sel=allowed.selector, nprobe=lists)
         if isinstance(inner, faiss.IndexHNSW):
             breadth = max(inner.hnsw.efSearch, count)
-            return faiss.SearchParametersHNSW(sel=selector, efSearch=breadth)
-        return faiss.SearchParameters(sel=selector)
+            return faiss.SearchParametersHNSW(sel=allowed.selector, efSearch=breadth)
+        return faiss.SearchParameters(sel=allowed.selector)
 
     def _codes(self) -> NDArray[np.uint8]:
         shape = (self._inner.ntotal, self._inner.code_size)
@@ -347,37 +423,6 @@ def _nearest(
         slots, squared, named_all = slots[found], squared[found], True
     horizon = np.inf if named_all or not len(squared) else float(squared[-1])
     return Nearest(slots, squared, horizon, error)
-
-
-def _filterable() -> tuple[type, ...]:
-    kinds = (faiss.IndexFlat, faiss.IndexScalarQuantizer, faiss.IndexHNSW, faiss.IndexIVF)
-    return kinds
-
-
-def _inner(made: Any) -> Any:
-    """The index behind vector transforms. The outer one owns it and has to be kept."""
-    if isinstance(made, faiss.IndexPreTransform):
-        return faiss.downcast_index(made.index)
-    return made
-
-
-def _normalises(made: Any) -> bool:
-    if not isinstance(made, faiss.IndexPreTransform):
-        return False
-    steps = [faiss.downcast_VectorTransform(made.chain.at(i)) for i in range(made.chain.size())]
-    return any(isinstance(step, faiss.NormalizationTransform) for step in steps)
-
-
-def _training_rows(made: Any) -> int:
-    if made.is_trained:
-        return 0
-    inner = _inner(made)
-    storage = faiss.downcast_index(inner.storage) if isinstance(inner, faiss.IndexHNSW) else inner
-    clusters = [getattr(inner, "nlist", 0)]
-    if hasattr(storage, "pq"):
-        clusters.append(int(storage.pq.ksub))
-    transformed = made.d if inner is not made else 0
-    return max(_LEAST_TRAINING_ROWS, transformed, _POINTS_PER_CENTROID * max(clusters))
 
 
 def _selector(mask: NDArray[np.bool_]) -> Any:

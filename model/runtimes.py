@@ -24,11 +24,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What is left to do for frames that a runtime was given: wait, and take what it made of them.
 Collect = Callable[[], tuple[Tensor, Tensor]]
 # How a RuntimeError says on a CPU that memory ran out, each provoked: PyTorch's allocator and
-# OpenVINO's layers; OpenVINO's buffers; its compiler; and oneDNN, which says no more than this.
-# What only begins so, "could not create a primitive descriptor", is something else.
+# OpenVINO's layers; OpenVINO's buffers; its compiler; a layer of it that waited for a thread that
+# found none; and oneDNN, which says no more than this. What only begins so, "could not create a
+# primitive descriptor", is something else.
 _NO_MEMORY = re.compile(
     r"can't alloc|Failed to allocate \d+ bytes of memory|std::bad_alloc"
-    r"|\Acould not create a primitive\Z"
+    r"|std::future_error: Broken promise|\Acould not create a primitive\Z"
 )
 
 

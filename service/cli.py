@@ -17,6 +17,7 @@ from model import cli as model_commands
 from model.checkpoint import BUNDLED
 from model.errors import ModelError
 from service import gallery_cli as gallery_commands
+from service import moving as moving_commands
 from service.client import Client, ClientError, read_key, read_local
 from service.demo import run_demo
 from service.enrolment import Outcome, Task, enrol_all, plan_folder
@@ -37,6 +38,7 @@ app = typer.Typer(
 for _command in (
     *model_commands.app.registered_commands,
     *gallery_commands.app.registered_commands,
+    *moving_commands.app.registered_commands,
 ):
     app.registered_commands.append(_command)
 _console = Console(stderr=True)

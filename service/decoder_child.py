@@ -197,15 +197,19 @@ class DecoderChild:
     async def _ask(self, request: Sequence[bytes]) -> Decoded:
         connection = self._connection()
         await _send(connection, request)
-        head = await self._read(ANSWER.size)
-        kind, *counts = ANSWER.unpack(head.data)
-        if kind == DECODED:
-            return await self._read_decoded(*counts)
-        told = (await self._read(self._bounded(counts[2], _TOLD_BYTES))).tobytes()
+        reader = _Reader(connection)
+        try:
+            kind, *counts = ANSWER.unpack((await _read(reader, ANSWER.size)).data)
+            if kind == DECODED:
+                return await self._read_decoded(reader, *counts)
+            told = (await _read(reader, self._bounded(counts[2], _TOLD_BYTES))).tobytes()
+        finally:
+            reader.close()
         raise _refusal(told) if kind == REFUSED else _FailedError(_read_failure(told))
 
     async def _read_decoded(
         self,
+        reader: "_Reader",
         used: int,
         received: int,
         length: int,
@@ -225,26 +229,22 @@ class DecoderChild:
             raise ChildDiedError(f"it answered {kept} kept frames of {used}")
         # What frames are kept of a video is bounded like an upload.
         most = frames_at + (self._limits.request_bytes if kept else 0)
-        rest = await self._read(self._bounded(length, most))
+        rest = await _read(reader, self._bounded(length, most))
         positions = rest[clip_bytes:strip_at].view(POSITION)
         seen = FrameQuality(*quality)
         clip = rest[:clip_bytes].reshape(shape)
         tracklet = DecodedTracklet(clip, tuple(positions.tolist()), received, seen.shortest_side)
         strip = rest[strip_at : strip_at + strip_bytes].tobytes()
-        lengths = rest[strip_at + strip_bytes : frames_at].view(LENGTH)
-        ends = frames_at + np.cumsum(lengths, dtype=np.int64)
-        frames = tuple(one.tobytes() for one in np.split(rest, [frames_at, *ends])[1:-1])
-        return Decoded(tracklet, digest.hex(), strip or None, seen, frames)
+        frames = []
+        for length in rest[strip_at + strip_bytes : frames_at].view(LENGTH).tolist():
+            frames.append(rest[frames_at : frames_at + length].tobytes())
+            frames_at += length
+        return Decoded(tracklet, digest.hex(), strip or None, seen, tuple(frames))
 
     def _bounded(self, length: int, limit: int) -> int:
         if length > limit:
             raise ChildDiedError(f"it answered {length} bytes")
         return length
-
-    async def _read(self, length: int) -> NDArray[np.uint8]:
-        content = np.empty(length, dtype=np.uint8)
-        await _receive_into(self._connection(), content.data)
-        return content
 
     def _connection(self) -> socket.socket:
         if self._socket is None:
@@ -287,40 +287,62 @@ async def _send(connection: socket.socket, buffers: Iterable[bytes]) -> None:
         try:
             sent = connection.sendmsg(waiting[:BUFFERS])
         except BlockingIOError:
-            await _ready(connection, to_write=True)
+            await _writable(connection)
         else:
             drop_sent(waiting, sent)
 
 
-async def _receive_into(connection: socket.socket, buffer: memoryview) -> None:
-    """As `service.decoder_process.receive_into`, likewise.
+class _Reader:
+    """Reads as `service.decoder_process.receive_into`, likewise, an answer that comes in pieces."""
 
-    Raises:
-        EOFError: The other side has gone.
-    """
-    while buffer:
-        try:
-            received = connection.recv_into(buffer)
-        except BlockingIOError:
-            await _ready(connection, to_write=False)
-            continue
-        if not received:
-            raise EOFError("expected an answer, got the end of the connection")
-        buffer = buffer[received:]
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Future[None] | None = None
+        # For the whole answer: to begin and end listening for each piece takes longer than a piece.
+        self._loop.add_reader(connection, self._wake)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._loop.remove_reader(self._connection)
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def fill(self, buffer: memoryview) -> None:
+        """Fill a buffer.
+
+        Raises:
+            EOFError: The other side has gone.
+        """
+        while buffer:
+            try:
+                received = self._connection.recv_into(buffer)
+            except BlockingIOError:
+                self._waiting = self._loop.create_future()
+                await self._waiting
+                continue
+            if not received:
+                raise EOFError("expected an answer, got the end of the connection")
+            buffer = buffer[received:]
 
 
-async def _ready(connection: socket.socket, *, to_write: bool) -> None:
-    """Wait until a socket can be written or read, or has come to its end."""
+async def _read(reader: _Reader, length: int) -> NDArray[np.uint8]:
+    content = np.empty(length, dtype=np.uint8)
+    await reader.fill(content.data)
+    return content
+
+
+async def _writable(connection: socket.socket) -> None:
+    """Wait until a socket can be written, or has come to its end."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    add, remove = (
-        (loop.add_writer, loop.remove_writer) if to_write else (loop.add_reader, loop.remove_reader)
-    )
-    add(connection, _tell, ready)
+    loop.add_writer(connection, _tell, ready)
     try:
         await ready
     finally:
-        remove(connection)
+        loop.remove_writer(connection)
 
 
 def _tell(ready: "asyncio.Future[None]") -> None:

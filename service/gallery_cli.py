@@ -10,6 +10,7 @@ from index.bootstrap import Plan
 from index.calibration import Per
 from index.calibration_source import read_calibration
 from index.guest import write_calibration
+from index.succession import abandon
 from index.unnamed import read_unnamed
 from model.checkpoint import BUNDLED
 from model.embedder import Embedder
@@ -24,11 +25,14 @@ from service.clusters import (
     write_page,
     write_proposals,
 )
+from service.reembedding import reembed
 from service.server import choose_checkpoint
 
 app = typer.Typer()
 _console = Console(stderr=True)
 _out = Console()
+DataDir = Annotated[Path, typer.Option(help="Of the gallery.", envvar="PASSERBY_DATA_DIR")]
+NOT_YET = 3  # status of a command that has done its part, and has to be given once more
 DEFAULT_DATA = Path("data")
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
@@ -37,7 +41,10 @@ DEFAULT_SERVER = "http://127.0.0.1:8000"
 def calibrate(
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Of the gallery whose threshold is set; data, where no folder is given."),
+        typer.Option(
+            help="Of the gallery whose threshold is set; data, where no folder is given.",
+            envvar="PASSERBY_DATA_DIR",
+        ),
     ] = None,
     folder: Annotated[
         Path | None,
@@ -81,7 +88,7 @@ def calibrate(
 
 @app.command()
 def cluster(
-    data_dir: Annotated[Path, typer.Option(help="Of the gallery.")] = DEFAULT_DATA,
+    data_dir: DataDir = DEFAULT_DATA,
     output: Annotated[Path, typer.Option(help="Proposals, JSON.")] = Path("clusters.json"),
     page: Annotated[
         Path | None, typer.Option(help="Show the film strips of each group on this page.")
@@ -140,3 +147,25 @@ def accept(
     with Client(server, read_key(key_file)) as client:
         changed = client.assign(identity, chosen)
     _console.print(f"{len(chosen)} tracklets show {identity}; {changed} of them did not before")
+
+
+@app.command(name="reembed")
+def reembed_command(
+    weights: Annotated[str, typer.Option(help="Checkpoint of the next model.")],
+    data_dir: DataDir = DEFAULT_DATA,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    abandoned: Annotated[
+        bool, typer.Option("--abandon", help="Forget what was embedded, and stay as it is.")
+    ] = False,
+) -> None:
+    """Embed a gallery anew by another model, from kept frames (PASSERBY_KEEP_FRAMES).
+
+    A running service goes on with the old embeddings; all change in one step, once it has stopped.
+    """
+    if abandoned:
+        abandon(data_dir)
+        _console.print("what was embedded by another model is forgotten")
+        return
+    embedder = Embedder(choose_checkpoint(weights), device=device)
+    if not reembed(data_dir, embedder, _console):
+        raise typer.Exit(NOT_YET)

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from index import gallery
+from index import archive, exchange, gallery, ledger, succession, vector_storage
 from index.calibration import CalibrationError
 from model import errors as model_errors
 from service import errors
@@ -69,6 +69,12 @@ START_ONLY: frozenset[type[Exception]] = frozenset(
     {
         gallery.DamagedGalleryError,
         gallery.InvalidIndexError,
+        vector_storage.StorageMismatchError,
+        archive.SnapshotError,
+        exchange.ExchangeError,
+        ledger.LedgerError,
+        succession.InUseError,
+        succession.SuccessionError,
         model_errors.CheckpointError,
         model_errors.DeviceError,
         model_errors.DatasetError,

@@ -12,7 +12,7 @@ from model.frames import Clip, choose_frames
 
 # So many frames of a tracklet are looked at, evenly spread: all of 15 would take a decoder a tenth
 # of its time.
-LOOKED_AT = 4
+LOOKED_AT = 3
 
 
 @dataclass(frozen=True, slots=True)

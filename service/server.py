@@ -165,7 +165,9 @@ def run(settings: Settings, embedder: ServedEmbedder | None = None) -> NoReturn:
     """
     embedder = embedder or load_embedder(settings)
     cores = available_cores()
-    gallery = EmbeddedGallery(settings.data_dir, index=settings.index, searches=cores)
+    gallery = EmbeddedGallery(
+        settings.data_dir, index=settings.index, searches=cores, storage=settings.storage
+    )
     processes = cores if settings.decoders is None else settings.decoders
     counts = gallery.counts()
     described = embedder.describe()

@@ -139,6 +139,11 @@ class Settings(BaseSettings):
     frames_per_tracklet: int = Field(15, ge=1, description="Frames that make an embedding.")
     sampling: Literal["even", "all"] = Field("even", description="How frames are chosen.")
     index: str = Field("Flat", description="FAISS factory string of the search index.")
+    storage: Literal["float32", "float16"] | None = Field(
+        None,
+        description="How embeddings are kept, fixed by the first one; without it as they are kept "
+        "already, float32 in a new gallery.",
+    )
     batch: BatchSettings = BatchSettings()
     queue: QueueSettings = QueueSettings()
     limits: LimitSettings = LimitSettings()

@@ -306,6 +306,7 @@ NO_MEMORY = [
         "Failed to allocate 98304000 bytes of memory\n"
     ),
     RuntimeError("Exception from src/inference/src/dev/plugin.cpp:54:\nstd::bad_alloc\n"),
+    RuntimeError("[CPU] Transpose node with name 'T' std::future_error: Broken promise\n"),
 ]
 OTHER = [
     RuntimeError("the device is poisoned"),
@@ -370,8 +371,9 @@ pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + (64 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-made = [one.embedding for one in cramped.embed(clips)]
+pending = cramped.begin(clips)
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+made = [one.embedding for one in pending.result()]  # pooling is not what is halved
 
 assert 8 <= cramped.max_frames < 1024, cramped.max_frames
 np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-4)
@@ -391,8 +393,12 @@ def test_where_memory_really_runs_out_the_same_is_made_of_smaller_batches(
     if runtime == "openvino":
         pytest.importorskip("openvino")
     command = [sys.executable, "-c", CRAMPED, runtime, str(threads)]
+    # Or a new thread may set aside, for itself, all the addresses that are left.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
     assert done.returncode == 0, done.stderr[-2000:]
     assert "cpu has no memory for 1024 frames at once, going on with 512" in done.stdout

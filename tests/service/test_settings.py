@@ -19,6 +19,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "FRAMES_PER_TRACKLET": ("8", 8),
     "SAMPLING": ("all", "all"),
     "INDEX": ("IVF64,Flat", "IVF64,Flat"),
+    "STORAGE": ("float16", "float16"),
     "BATCH__MAX_FRAMES": ("32", 32),
     "BATCH__MAX_DELAY_MS": ("5.5", 5.5),
     "QUEUE__MAX_TRACKLETS": ("9", 9),

@@ -1,0 +1,107 @@
+"""A gallery's file seen from outside: whether it is one, sound, and what is in it."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+from index.gallery import DamagedGalleryError, GalleryUnavailableError
+from index.schema import APPLICATION_ID, MIGRATIONS, damage_told, translated
+from index.vector_storage import dimension_of
+
+NEWEST = len(MIGRATIONS)
+
+
+class Facts(NamedTuple):
+    """What is in a gallery's file.
+
+    Args:
+        schema_version: Of its form.
+        model: Fingerprint of the model; None while it is empty.
+        dimension: Of the embeddings; None while it is empty.
+        tracklets: How many.
+        identities: How many.
+    """
+
+    schema_version: int
+    model: str | None
+    dimension: int | None
+    tracklets: int
+    identities: int
+
+
+def version_of(connection: sqlite3.Connection) -> int:
+    """The version of a gallery's file.
+
+    Raises:
+        DamagedGalleryError: It is no gallery, or from a newer version of Passerby.
+    """
+    [application_id] = connection.execute("PRAGMA application_id").fetchone()
+    [version] = connection.execute("PRAGMA user_version").fetchone()
+    if application_id != APPLICATION_ID:
+        raise DamagedGalleryError(
+            f"expected a gallery file (application id {APPLICATION_ID}), "
+            f"got an SQLite file of another application ({application_id})"
+        )
+    if not 1 <= version <= NEWEST:
+        raise DamagedGalleryError(
+            f"expected a gallery of version {NEWEST} or older, got version {version}: "
+            "it was written by a newer Passerby"
+        )
+    return int(version)
+
+
+def require_newest(connection: sqlite3.Connection) -> None:
+    """Return where a file has the newest form.
+
+    Raises:
+        GalleryUnavailableError: It has an older one.
+    """
+    version = version_of(connection)
+    if version != NEWEST:
+        message = f"expected a gallery of version {NEWEST}, got {version}: start the service once"
+        raise GalleryUnavailableError(message)
+
+
+def inspect(path: Path) -> Facts:
+    """Read a file that nobody has open, all of it; it is not changed.
+
+    Raises:
+        DamagedGalleryError: It is not a sound gallery that this version can read.
+        GalleryUnavailableError: It cannot be read.
+    """
+    address = f"file:{quote(str(path.absolute()))}?immutable=1"
+    with (
+        damage_told(),
+        translated("read the gallery"),
+        closing(sqlite3.connect(address, uri=True)) as connection,
+    ):
+        version = version_of(connection)
+        [verdict] = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise DamagedGalleryError(f"expected a sound gallery file, got: {verdict}")
+        return facts_of(connection, version)
+
+
+def facts_of(connection: sqlite3.Connection, version: int) -> Facts:
+    """What is in a gallery's file of a version.
+
+    Raises:
+        DamagedGalleryError: Embeddings of two models, or of two sizes, or a tracklet without.
+    """
+    tracklets, identities, models, model = connection.execute(
+        "SELECT count(*), count(DISTINCT identity), count(DISTINCT model), min(model) "
+        "FROM tracklets"
+    ).fetchone()
+    vectors, smallest, greatest = connection.execute(
+        "SELECT count(*), min(length(vector)), max(length(vector)) FROM embeddings"
+    ).fetchone()
+    dimension = None if smallest is None else dimension_of(smallest)
+    is_whole = smallest is None or dimension is not None
+    if tracklets != vectors or models > 1 or smallest != greatest or not is_whole:
+        raise DamagedGalleryError(
+            f"expected embeddings of one model and size for {tracklets} tracklets, got "
+            f"{vectors} of {models} models and {smallest} to {greatest} bytes"
+        )
+    return Facts(version, model, dimension, tracklets, identities)
