@@ -583,7 +583,7 @@ class EmbeddedGallery:
             elif self._plan.wants_training(self._derived.vectors, self._derived.columns.alive):
                 self._rebuild()
             self._save_if_due()
-        except GalleryError:
+        except (GalleryError, RuntimeError, MemoryError, OSError):
             # What was asked for is done; the index is only less good than it could be.
             _log.exception("upkeep of the index failed; trying again later")
             self._writes_until_upkeep = _UPKEEP_PAUSE_WRITES

@@ -85,13 +85,18 @@ class OpenVinoRuntime:
             compiled = openvino.Core().compile_model(self._graph, "CPU", self._options)
             self._request = compiled.create_infer_request()
             self._graph = None  # its weights are held by what was compiled
-        pooled, attention = made = self._give_outputs(len(frames))
-        self._request.infer([frames], share_inputs=True, share_outputs=True)
-        # On one thread OpenVINO (2026.4) does not say that it has no memory, and its own outputs
-        # are then still those of the call before: of another person.
-        if any((one == _UNWRITTEN).any() for one in made):
-            raise MemoryError(f"expected OpenVINO to embed {len(frames)} frames, it wrote nothing")
-        return pooled, attention
+        made = self._give_outputs(len(frames))
+        try:
+            self._request.infer([frames], share_inputs=True, share_outputs=True)
+            # On one thread OpenVINO (2026.4) does not say that it has no memory, and its own
+            # outputs are then still those of the call before: of another person.
+            if any((one == _UNWRITTEN).any() for one in made):
+                raise MemoryError(f"expected OpenVINO to embed {len(frames)} frames, got nothing")
+        except (RuntimeError, MemoryError):
+            # It keeps what it took before it failed, which may be all that there is.
+            self._request.get_compiled_model().release_memory()
+            raise
+        return made[0], made[1]
 
     def _give_outputs(self, count: int) -> list[Any]:
         """Arrays into which the next run writes what it makes of so many frames."""

@@ -119,6 +119,7 @@ class _BoundedProtocol(asyncio.Protocol):
 
     _place: _Place | None = None
     _clock: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None  # while an answer waits for its client
     _last_cycle: Any = None  # as `cycle` was when the last bytes had been read
     # Bytes since the head at hand began; None outside a head. Only httptools needs to be told: h11
     # has a bound of its own.
@@ -139,10 +140,28 @@ class _BoundedProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Give the place back (asyncio)."""
         self._stop_clock()
+        self._stop_waiting()
         if self._place is not None:
             self.bounds.leave(self._place)
             self._place = None
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for a client to read, but not for ever (asyncio)."""
+        super().pause_writing()
+        # As long as it may take to send: who does not read holds his answer in our memory.
+        loop = asyncio.get_running_loop()
+        self._unread = loop.call_later(self.bounds.body_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on, now that it has read (asyncio)."""
+        self._stop_waiting()
+        super().resume_writing()
+
+    def _stop_waiting(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def data_received(self, data: bytes) -> None:
         """Read on, and see whether a head has ended or begun (asyncio)."""

@@ -122,7 +122,10 @@ class DecoderChild:
     def launch(self) -> None:
         """Start a process without waiting for it; raises as `start` does."""
         self.end(wait_s=0)
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # no descriptor is left
+            raise _cannot_start(error.strerror or type(error).__name__) from error
         for one in (ours, theirs):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         _bound_waits(ours, START_S)
@@ -171,10 +174,10 @@ class DecoderChild:
             ServiceError: See `Decoders.decode`.
             ChildDiedError: The process did not survive it.
         """
-        if not self.is_running():
-            await asyncio.to_thread(self.start)
         self._busy_since = time.monotonic()
         try:
+            if not self.is_running():
+                await asyncio.to_thread(self.start)
             async with asyncio.timeout(self._limit_s) as limit:
                 return await self._ask(request)
         except TimeoutError as error:

@@ -23,9 +23,10 @@ async def sweep(parts: Parts, every_s: float = SWEEP_S) -> None:
             erased = await asyncio.get_running_loop().run_in_executor(
                 parts.writers, parts.gallery.expire, datetime.now(UTC), retention
             )
-        except GalleryError as error:
+        except Exception as error:
             if not failing:  # once, not every few seconds: the probe says it, too
-                log.warning("what has expired could not be erased: %s", error)
+                known = isinstance(error, GalleryError)
+                log.warning("what has expired could not be erased: %s", error, exc_info=not known)
             failing = True
         else:
             failing = False

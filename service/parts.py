@@ -407,17 +407,18 @@ async def embed_all(
     """Have the worker embed the uploads of one request, together; see `embed`."""
     deadline, timing = uploads[0].deadline, uploads[0].timing
     left_s = deadline - asyncio.get_running_loop().time()
-    async with _while_connected(request), _until(deadline, parts):
-        made = await asyncio.gather(
-            *(
-                asyncio.wrap_future(
-                    parts.worker.submit(
-                        one.tracklet.clip, deadline_s=left_s, with_attention=with_attention
-                    )
-                )
-                for one in uploads
+    waiting: list[asyncio.Future[Embedded]] = []
+    try:
+        for one in uploads:
+            future = parts.worker.submit(
+                one.tracklet.clip, deadline_s=left_s, with_attention=with_attention
             )
-        )
+            waiting.append(asyncio.wrap_future(future))
+        async with _while_connected(request), _until(deadline, parts):
+            made = await asyncio.gather(*waiting)
+    finally:
+        for each in waiting:
+            each.cancel()  # what is still there, nobody waits for
     for embedded in made:
         if not np.isfinite(embedded.result.embedding).all():
             raise InvalidEmbeddingError("expected a finite embedding, got NaN or infinity")
@@ -506,6 +507,20 @@ async def write(
     with parts.writes.take():
         call = partial(copy_context().run, work, *given, **named)
         return await asyncio.get_running_loop().run_in_executor(parts.writers, call)
+
+
+async def change(
+    parts: Parts, work: Callable[Given, Result], /, *given: Given.args, **named: Given.kwargs
+) -> Result:
+    """Change the gallery as a request of its own asks for, see `write`.
+
+    Raises:
+        NotReadyError: The service is stopping.
+        OverloadedError: See `write`.
+        GalleryError: Likewise.
+    """
+    parts.check_not_stopping()
+    return await write(parts, work, *given, **named)
 
 
 def frame_counts(tracklet: DecodedTracklet) -> FrameCounts:

@@ -1,6 +1,7 @@
 """Whether the service can do its work: every part is asked, and none may keep the probe waiting."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ from index.gallery import GalleryError
 from service.errors import ServiceError
 from service.parts import Parts
 
+log = logging.getLogger(__name__)
 # Seconds after which a part that has not answered counts as failed. A probe waits longer.
 ANSWER_S = 3.0
 
@@ -64,6 +66,9 @@ class _Question:
             answer.result()
         except (ServiceError, GalleryError) as error:
             return str(error)
+        except Exception:  # whatever it is, the others' answers are told, too
+            log.exception("a part could not be asked how it is")
+            return "it could not be asked; the log says why"
         return "ok"
 
 

@@ -31,6 +31,7 @@ from service.worker import EmbeddingWorker
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5
+LOOKS = 4  # in a row that have to find the worker lost
 # Seconds in which those who wait for a lost worker are answered.
 ABANDONED_GRACE_S = 3.0
 # Whole seconds for answers on their way when everything else is over.
@@ -126,8 +127,11 @@ def _watch(worker: EmbeddingWorker, server: _Server) -> None:
     Nothing within the process helps: a thread that hangs cannot be ended, and a device that failed
     once fails the whole process.
     """
-    while (reason := worker.lost()) is None:
+    seen = 0
+    while seen < LOOKS:  # once is not enough: after a pause of the process all look stuck at first
         time.sleep(WATCH_S)
+        reason = worker.lost()
+        seen = 0 if reason is None else seen + 1
     log.critical("ending with status 1, to be started again: %s", reason)
     server.lost = server.should_exit = True
     try:

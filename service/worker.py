@@ -249,9 +249,14 @@ class EmbeddingWorker:
             Its result; cancelling it before its batch starts takes it out of the queue.
 
         Raises:
+            DeadlineExceededError: The deadline has passed already.
             OverloadedError: The queue is full.
             WorkerUnavailableError: Nobody works at the queue.
         """
+        if deadline_s < 0:
+            raise DeadlineExceededError(
+                "the deadline had passed before there was anything to embed"
+            )
         with self._changed:
             self.refuse_when_full(deadline_s)
             now = time.monotonic()

@@ -13,7 +13,16 @@ from starlette.concurrency import run_in_threadpool
 from index.gallery import DuplicateTrackletError, Enrolment, Gallery, NotFoundError, TrackletRecord
 from service.errors import AlreadyExistsError, PayloadTooLargeError, ValidationError
 from service.ids import new_tracklet_id
-from service.parts import Parts, PartsDep, Upload, embed, quality_of, receive, write
+from service.parts import (
+    Parts,
+    PartsDep,
+    Upload,
+    change,
+    embed,
+    quality_of,
+    receive,
+    write,
+)
 from service.schemas import (
     ID_PATTERN,
     EnrolFields,
@@ -185,7 +194,7 @@ def get_strip(parts: PartsDep, tracklet_id: TrackletId) -> Response:
 )
 async def patch_tracklet(parts: PartsDep, tracklet_id: TrackletId, patch: PatchBody) -> RecordBody:
     """Change identity, camera, times, expiry or metadata of a stored tracklet; null removes."""
-    return await write(parts, _patch, parts, tracklet_id, patch)
+    return await change(parts, _patch, parts, tracklet_id, patch)
 
 
 def _patch(parts: Parts, tracklet_id: str, patch: PatchBody) -> RecordBody:
@@ -206,4 +215,4 @@ def _patch(parts: Parts, tracklet_id: str, patch: PatchBody) -> RecordBody:
 )
 async def delete_tracklet(parts: PartsDep, tracklet_id: TrackletId) -> None:
     """Erase a stored tracklet with its embedding and its strip."""
-    await write(parts, parts.gallery.remove, tracklet_id)
+    await change(parts, parts.gallery.remove, tracklet_id)

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 
 from service.errors import ValidationError
-from service.parts import PartsDep, write
+from service.parts import PartsDep, change
 from service.schemas import (
     ID_PATTERN,
     AssignBody,
@@ -47,7 +47,7 @@ def get_identity(
 @router.patch("/identities/{identity}", responses={**_CHANGES, **problem_responses(409)})
 async def rename_identity(parts: PartsDep, identity: Identity, body: RenameBody) -> IdentityBody:
     """Give an identity another name; onto one that exists it is refused, that is a merge."""
-    renamed = await write(parts, parts.gallery.rename_identity, identity, body.identity)
+    renamed = await change(parts, parts.gallery.rename_identity, identity, body.identity)
     return IdentityBody.of(renamed)
 
 
@@ -56,13 +56,13 @@ async def merge_identity(parts: PartsDep, identity: Identity, body: MergeBody) -
     """Make all tracklets of this identity those of another; answers the other."""
     if body.into == identity:
         raise ValidationError("expected another identity to merge into, got the same", "/into")
-    return IdentityBody.of(await write(parts, parts.gallery.merge_identity, identity, body.into))
+    return IdentityBody.of(await change(parts, parts.gallery.merge_identity, identity, body.into))
 
 
 @router.post("/identities/{identity}/tracklets", responses=_CHANGES)
 async def assign_tracklets(parts: PartsDep, identity: Identity, body: AssignBody) -> AssignedBody:
     """Say that tracklets show this identity, all of them or none: names them, or splits others."""
-    moved = await write(parts, parts.gallery.assign, body.tracklet_ids, identity)
+    moved = await change(parts, parts.gallery.assign, body.tracklet_ids, identity)
     return AssignedBody(identity=identity, changed=moved)
 
 
@@ -71,5 +71,5 @@ async def delete_identity(
     parts: PartsDep, identity: Identity, _: Annotated[NoParameters, Query()]
 ) -> ErasedBody:
     """Erase an identity with all its tracklets, their embeddings and strips."""
-    erased = await write(parts, parts.gallery.remove_identity, identity)
+    erased = await change(parts, parts.gallery.remove_identity, identity)
     return ErasedBody(identity=erased.identity, tracklets=list(erased.tracklet_ids))

@@ -87,6 +87,7 @@ async def get_matches(
     parameters: Annotated[SearchParameters, Query()],
 ) -> QueryBody:
     """Find the identities that look most like a stored tracklet, which is itself left out."""
+    parts.check_not_stopping()
     timing = Timing()
     record, embedding = await run_in_threadpool(_stored, parts.gallery, tracklet_id)
     found = await search(

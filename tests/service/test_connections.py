@@ -63,6 +63,10 @@ class Client:
             self._writer.write(b"x")
             await asyncio.sleep(SHORT_S / 5)
 
+    def stop_reading(self) -> None:
+        """Take nothing of what comes."""
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]
+
     def close(self) -> None:
         self._writer.close()
 
@@ -79,6 +83,10 @@ class Server:
         client = Client(*await asyncio.open_connection("127.0.0.1", self._port))
         self._clients.append(client)
         return client
+
+    def count(self) -> int:
+        """How many connections it has."""
+        return len(self._state.connections)
 
     async def close(self) -> None:
         """Close them all, and wait until the server knows."""
@@ -239,6 +247,28 @@ def test_a_body_that_goes_on_for_ever_after_its_answer_is_closed(
         trickling.cancel()
 
     run(claim, early, bounds(body_s=SHORT_S), base)
+
+
+@both
+def test_who_does_not_read_its_answer_is_cut_off(base: type[asyncio.Protocol]) -> None:
+    """More than the buffers between them hold would stay in memory for as long as it likes."""
+    gone = asyncio.Event()
+
+    async def much(_: Scope, __: Receive, send: Send) -> None:
+        await reply(send, bytes(64 * 1024 * 1024))
+        gone.set()
+
+    async def claim(server: Server) -> None:
+        client = await server.connect()
+        client.stop_reading()
+        await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+
+        async with asyncio.timeout(WAIT_S):
+            await gone.wait()
+            while server.count():
+                await asyncio.sleep(0.01)
+
+    run(claim, much, bounds(body_s=SHORT_S), base)
 
 
 def test_a_head_that_is_too_long_is_refused() -> None:

@@ -397,6 +397,25 @@ def test_the_check_replaces_a_decoder_that_does_not_answer(
     run(bad, GOOD)
 
 
+def test_without_descriptors_no_decoder_is_started_and_that_is_told(
+    bad: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(24, "Too many open files")
+
+    async def check_without() -> None:
+        with monkeypatch.context() as without:  # the loop has taken what it needs
+            without.setattr("socket.socketpair", fail)
+            await bad.check()
+
+    end(bad.pids[0])
+    with pytest.raises(WorkerUnavailableError, match="Too many open files"):
+        asyncio.run(check_without())
+
+    asyncio.run(bad.check())
+    run(bad, GOOD)
+
+
 def test_the_check_tells_of_decoders_that_are_all_stuck(
     bad: Decoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,11 +72,21 @@ def test_a_retention_erases_what_is_older(
     asyncio.run(asyncio.wait_for(sweep_until_empty(), 20))
 
 
-def test_a_full_disk_is_told_once_and_tried_again(
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageFullError("cannot write the gallery: the disk is full"),
+        MemoryError(),
+        OSError(24, ""),
+    ],
+    ids=["full", "memory", "descriptors"],
+)
+def test_a_sweep_that_fails_is_told_once_and_tried_again(
     embedder: FakeEmbedder,
     gallery: EmbeddedGallery,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
     parts = create_app(embedder, gallery, Settings()).state.parts
     tries = 0
@@ -84,7 +94,7 @@ def test_a_full_disk_is_told_once_and_tried_again(
     def fail(*_: object) -> tuple[str, ...]:
         nonlocal tries
         tries += 1
-        raise StorageFullError("cannot write the gallery: the disk is full")
+        raise error
 
     monkeypatch.setattr(gallery, "expire", fail)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -231,3 +232,73 @@ def test_waiting_for_a_decoder_counts_towards_the_deadline(
 
     assert_problem(client.post("/embed", files=GOOD), 504, "deadline-exceeded")
     assert embedder.batches == []
+
+
+def test_a_deadline_that_has_passed_before_the_queue_is_504(
+    start: Start, gallery: EmbeddedGallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start(queue=QueueSettings(deadline_s=0.2))
+    get = gallery.get
+
+    def slow(tracklet_id: str) -> Any:
+        time.sleep(0.3)
+        return get(tracklet_id)
+
+    monkeypatch.setattr(gallery, "get", slow)
+
+    answer = client.post("/gallery", files=GOOD, data={"tracklet_id": "t"})
+
+    assert_problem(answer, 504, "deadline-exceeded")
+
+
+def test_a_refused_pair_leaves_nothing_in_the_queue(start: Start, embedder: FakeEmbedder) -> None:
+    client = start(queue=QueueSettings(max_tracklets=1))
+    parts: Parts = client.app.state.parts  # type: ignore[attr-defined]
+    pair = [(f"{prefix}{name}", file) for prefix in ("a_", "b_") for name, file in GOOD]
+    embedder.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        at_work = pool.submit(client.post, "/embed", files=GOOD)
+        assert embedder.entered.wait(20)
+
+        refused = client.post("/verify", files=pair)
+
+        assert_problem(refused, 429, "overloaded")
+        assert parts.worker.count_waiting() == 0
+        embedder.gate.set()
+        assert at_work.result(20).status_code == 200
+
+
+def test_a_service_that_stops_changes_nothing_more(start: Start) -> None:
+    client = start()
+    record = client.post("/gallery", files=GOOD, data={"identity": "p1"}).json()
+    parts: Parts = client.app.state.parts  # type: ignore[attr-defined]
+    path = f"/gallery/{record['tracklet_id']}"
+
+    parts.begin_stopping()
+
+    for answer in (
+        client.patch(path, json={"camera": "c9"}),
+        client.delete(path),
+        client.patch("/identities/p1", json={"identity": "p2"}),
+        client.delete("/identities/p1"),
+        client.get(f"{path}/matches"),
+    ):
+        assert_problem(answer, 503, "not-ready")
+    assert client.get(path).json() == record
+
+
+def test_a_check_that_fails_oddly_is_named_beside_the_others(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start()
+    client.post("/embed", files=GOOD)
+    readiness = client.app.state.readiness  # type: ignore[attr-defined]
+
+    async def fail() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(readiness._questions["store"], "_check", fail)
+
+    detail = assert_problem(client.get("/readyz"), 503, "not-ready")["detail"]
+
+    assert detail == "store: it could not be asked; the log says why"
