@@ -46,6 +46,7 @@ from index.rows import (
     to_stored,
     where,
 )
+from index.saved import FILE_NAME as INDEX_NAME
 from index.saved import SavedIndex
 from index.schema import (
     BUSY_TIMEOUT_MS,
@@ -69,6 +70,7 @@ FILE_NAME = "passerby.sqlite3"
 LOCK_NAME = "passerby.lock"
 
 _log = logging.getLogger(__name__)
+_HEADER_BYTES, _LOG_HEADER_BYTES = 100, 32  # of SQLite's files
 # Vectors of a sample are read so many at a time.
 _ROWS_AT_ONCE = 2048
 # Fewer free pages (4 KiB each) are not given back: the next enrolments take them.
@@ -313,6 +315,7 @@ class Store:
             raise GalleryUnavailableError(message) from error
         self._lock = DirectoryLock(directory / LOCK_NAME)
         try:
+            _check_not_lost(directory)
             self._file = _open(self._path)
         except BaseException:
             self._lock.release()
@@ -698,6 +701,31 @@ def _settle_storage(connection: sqlite3.Connection, wanted: Storage | None) -> S
         )
     replace_property(connection, "storage", wanted)
     return wanted
+
+
+def _check_not_lost(directory: Path) -> None:
+    """Refuse to begin anew where a gallery's other files say that there was one.
+
+    SQLite would make an empty one, which begins by removing their content.
+
+    Raises:
+        DamagedGalleryError: The store is gone, or was emptied.
+    """
+    if _size(directory / FILE_NAME) >= _HEADER_BYTES:
+        return
+    for left in (f"{FILE_NAME}-wal", INDEX_NAME):
+        if _size(directory / left) > _LOG_HEADER_BYTES:
+            raise DamagedGalleryError(
+                f"expected {FILE_NAME} beside {left}, got none or an empty one: it was deleted or "
+                "emptied. Restore a snapshot, or remove the other files to begin anew"
+            )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # whoever opens it tells
+        return 0
 
 
 def _open(path: Path) -> int:

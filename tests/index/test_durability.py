@@ -279,7 +279,6 @@ def test_a_store_that_lacks_a_part_of_its_last_page_is_refused(closed: Life, mis
     assert not outcome.changed
 
 
-@pytest.mark.xfail(reason="SQLite makes a new store where there is none", strict=True)
 @pytest.mark.parametrize("left", [b"", b"S", None], ids=["empty", "a byte", "deleted"])
 @pytest.mark.parametrize("state", ["closed", "killed"])
 def test_a_store_that_is_gone_while_its_other_files_are_there_is_no_new_gallery(

@@ -266,14 +266,16 @@ def half_sent() -> Iterator[ExitStack]:
 def test_after_a_kill_among_half_sent_uploads_and_a_queue_it_is_ready_again_and_correct(
     tmp_path: Path, half_sent: ExitStack
 ) -> None:
-    with serving(tmp_path) as service, ThreadPoolExecutor(CLIENTS) as pool:
+    with serving(tmp_path) as service, ThreadPoolExecutor(1 + CLIENTS) as pool:
         acknowledged = [post(service, files=clip_of(one)).json() for one in (RED, GREEN, BLUE)]
         service.hold("embed")
-        enrolling = [pool.submit(post, service) for _ in range(CLIENTS)]
-        assert eventually(lambda: gauge(service, "queue_tracklets") == CLIENTS - 1)
+        enrolling = [pool.submit(post, service)]
+        assert eventually(service.entered)
+        enrolling += [pool.submit(post, service) for _ in range(CLIENTS)]
+        assert eventually(lambda: gauge(service, "queue_tracklets") == CLIENTS)
         for _ in range(CLIENTS):
             half_sent.enter_context(half_send(service))
-        assert eventually(lambda: gauge(service, "requests_in_flight") == 2 * CLIENTS + 1)
+        assert eventually(lambda: gauge(service, "requests_in_flight") == 2 * CLIENTS + 2)
         children = service.children()
         service.send(signal.SIGKILL)
         assert all(isinstance(one.exception(WAIT_S), httpx.TransportError) for one in enrolling)
