@@ -330,7 +330,7 @@ class Truth:
     def _query(self, operation: Operation) -> object:
         how = operation.how
         wanted = to_filters(how["filters"])
-        seen = [each for each in self.held.values() if _passes(each.record, wanted)]
+        seen = [each for each in self.held.values() if passes(each.record, wanted)]
         if not seen:
             return [], 0, None
         away = np.stack([each.embedding for each in seen]).astype(np.float64) - how["vector"]
@@ -549,7 +549,8 @@ def _strip(gallery: EmbeddedGallery, tracklet_id: str) -> bytes | None:
         return None
 
 
-def _passes(record: TrackletRecord, filters: Filters) -> bool:
+def passes(record: TrackletRecord, filters: Filters) -> bool:
+    """Whether a record passes filters, one condition after the other."""
     start = record.start_time
     return (
         (filters.identities is None or record.identity in filters.identities)

@@ -10,6 +10,7 @@ from index.calibration import Calibration
 from index.gallery import DamagedGalleryError, Embeddings
 from index.properties import read_property
 from index.reading import reading
+from index.schema import version_of
 from index.store import to_matrix
 
 _ROWS_AT_ONCE = 1000
@@ -55,8 +56,8 @@ def read_calibration(directory: Path) -> Calibration | None:
         DamagedGalleryError: Likewise.
     """
     with reading(directory) as connection:
-        [version] = connection.execute("PRAGMA user_version").fetchone()
-        text = read_property(connection, "calibration") if version >= _PROPERTIES_SINCE else None
+        is_kept = version_of(connection) >= _PROPERTIES_SINCE
+        text = read_property(connection, "calibration") if is_kept else None
         row = connection.execute("SELECT model FROM tracklets LIMIT 1").fetchone()
     calibration = None if text is None else Calibration.from_json(text)
     if calibration is None or (row is not None and row[0] != calibration.model):

@@ -7,7 +7,6 @@ it for those who read it elsewhere.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from index.gallery import GalleryError, TrackletRecord
+from index.json_values import MAX_DEPTH, check_json
 
 FORMAT = "passerby-gallery-export"
 VERSION = 1
@@ -33,8 +33,6 @@ _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _CAMERA = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_MAX_DEPTH = 32
 _MOST_FRAMES = 2**31 - 1
 _TIMES = frozenset({"start_time", "end_time", "created_at", "expires_at"})
 
@@ -150,9 +148,9 @@ def parse_object(content: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(content.decode())
-        _check_json(value, depth=0)
+        check_json(value)
     except RecursionError as error:
-        raise ValueError(f"expected at most {_MAX_DEPTH} levels, got more") from error
+        raise ValueError(f"expected at most {MAX_DEPTH} levels, got more") from error
     except json.JSONDecodeError as error:
         raise ValueError("expected JSON, got something else") from error
     if not isinstance(value, dict):
@@ -192,20 +190,6 @@ def read_manifest(folder: Path, content: bytes) -> ExportManifest:
         raise ExchangeError(
             f"expected the manifest of an export of version {VERSION} in {folder}, got: {error}"
         ) from error
-
-
-def _check_json(value: Any, depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"expected at most {_MAX_DEPTH} levels, got more")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("expected finite numbers, got NaN or infinity")
-    if isinstance(value, str) and _SURROGATE.search(value):
-        raise ValueError("expected Unicode text, got half of a surrogate pair")
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        for child in value:
-            _check_json(child, depth + 1)
 
 
 Reader = Callable[[Any], Any]

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-from index.erasures import Erasure, Erasures
+from index.erasures import Erasures
 from index.files import create, open_regular, sync, told, workshop
 from index.gallery import GalleryError
 from index.reading import reading
-from index.recognition import version_of
-from index.rows import from_microseconds
+from index.schema import version_of
+from index.store import read_erasures
 
 _FIRST_VERSION_WITH_A_LEDGER = 2
 # About 220 bytes an entry: four million erasures.
@@ -32,13 +32,7 @@ def stored_ledger(directory: Path) -> Erasures:
     with reading(directory) as connection:
         if version_of(connection) < _FIRST_VERSION_WITH_A_LEDGER:
             return Erasures()
-        rows = connection.execute("SELECT digest, kind, erased_at, salt FROM erasures").fetchall()
-    return Erasures(
-        tuple(
-            Erasure(digest, kind, from_microseconds(erased_at), salt)
-            for digest, kind, erased_at, salt in rows
-        )
-    )
+        return read_erasures(connection)
 
 
 def read_ledger(path: Path) -> Erasures:

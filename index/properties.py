@@ -7,6 +7,7 @@ from typing import Literal
 from index.calibration import Calibration
 from index.erasures import SALT_BYTES
 from index.gallery import ModelMismatchError
+from index.vector_storage import Storage
 
 Name = Literal["calibration", "erasure-salt", "storage", "saved-index"]
 
@@ -15,6 +16,11 @@ def read_property(connection: sqlite3.Connection, name: Name) -> str | None:
     """A property, or None where there is none."""
     row = connection.execute("SELECT value FROM properties WHERE name = ?", (name,)).fetchone()
     return None if row is None else str(row[0])
+
+
+def stored_as(connection: sqlite3.Connection) -> Storage:
+    """How a gallery's embeddings are kept."""
+    return "float16" if read_property(connection, "storage") == "float16" else "float32"
 
 
 def replace_property(connection: sqlite3.Connection, name: Name, value: str) -> None:

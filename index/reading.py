@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from index.gallery import DamagedGalleryError, GalleryUnavailableError
-from index.schema import APPLICATION_ID, MIGRATIONS, damage_told, open_reader, translated
+from index.gallery import GalleryUnavailableError
+from index.schema import damage_told, open_reader, translated, version_of
 from index.store import FILE_NAME
 
 
@@ -29,21 +29,5 @@ def reading(directory: Path) -> Iterator[sqlite3.Connection]:
         raise GalleryUnavailableError(f"expected a gallery in {directory}, got no {FILE_NAME}")
     with damage_told(), translated("read the gallery"), closing(open_reader(path)) as connection:
         connection.execute("BEGIN")
-        _recognise(connection)
+        version_of(connection)  # older ones, too: only a service or a restore brings them up
         yield connection
-
-
-def _recognise(connection: sqlite3.Connection) -> None:
-    [application_id] = connection.execute("PRAGMA application_id").fetchone()
-    [version] = connection.execute("PRAGMA user_version").fetchone()
-    if application_id != APPLICATION_ID:
-        raise DamagedGalleryError(
-            f"expected a gallery file (application id {APPLICATION_ID}), "
-            f"got an SQLite file of another application ({application_id})"
-        )
-    # Only a service or a restore brings a file to the newest version; this only reads.
-    if version > len(MIGRATIONS):
-        raise DamagedGalleryError(
-            f"expected a gallery of version {len(MIGRATIONS)} or older, got version {version}: "
-            "it was written by a newer Passerby"
-        )

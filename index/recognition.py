@@ -7,8 +7,8 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
-from index.schema import APPLICATION_ID, MIGRATIONS, damage_told, translated
-from index.vector_storage import dimension_of
+from index.schema import MIGRATIONS, damage_told, translated, version_of
+from index.vector_storage import Storage, dimension_of, storage_of
 
 NEWEST = len(MIGRATIONS)
 
@@ -29,27 +29,6 @@ class Facts(NamedTuple):
     dimension: int | None
     tracklets: int
     identities: int
-
-
-def version_of(connection: sqlite3.Connection) -> int:
-    """The version of a gallery's file.
-
-    Raises:
-        DamagedGalleryError: It is no gallery, or from a newer version of Passerby.
-    """
-    [application_id] = connection.execute("PRAGMA application_id").fetchone()
-    [version] = connection.execute("PRAGMA user_version").fetchone()
-    if application_id != APPLICATION_ID:
-        raise DamagedGalleryError(
-            f"expected a gallery file (application id {APPLICATION_ID}), "
-            f"got an SQLite file of another application ({application_id})"
-        )
-    if not 1 <= version <= NEWEST:
-        raise DamagedGalleryError(
-            f"expected a gallery of version {NEWEST} or older, got version {version}: "
-            "it was written by a newer Passerby"
-        )
-    return int(version)
 
 
 def require_newest(connection: sqlite3.Connection) -> None:
@@ -90,18 +69,36 @@ def facts_of(connection: sqlite3.Connection, version: int) -> Facts:
     Raises:
         DamagedGalleryError: Embeddings of two models, or of two sizes, or a tracklet without.
     """
-    tracklets, identities, models, model = connection.execute(
-        "SELECT count(*), count(DISTINCT identity), count(DISTINCT model), min(model) "
-        "FROM tracklets"
+    tracklets, model, vector_bytes = content_of(connection)
+    [identities] = connection.execute("SELECT count(DISTINCT identity) FROM tracklets").fetchone()
+    dimension = None if vector_bytes is None else dimension_of(vector_bytes)
+    return Facts(version, model, dimension, tracklets, identities)
+
+
+def content_of(
+    connection: sqlite3.Connection, storage: Storage | None = None
+) -> tuple[int, str | None, int | None]:
+    """How many tracklets a file holds, of which model, and how many bytes each vector takes.
+
+    Args:
+        connection: To the file.
+        storage: How embeddings have to be kept; None for any one way.
+
+    Raises:
+        DamagedGalleryError: Embeddings of two models, or of two sizes, or a tracklet without.
+    """
+    tracklets, models, model = connection.execute(
+        "SELECT count(*), count(DISTINCT model), min(model) FROM tracklets"
     ).fetchone()
     vectors, smallest, greatest = connection.execute(
         "SELECT count(*), min(length(vector)), max(length(vector)) FROM embeddings"
     ).fetchone()
-    dimension = None if smallest is None else dimension_of(smallest)
-    is_whole = smallest is None or dimension is not None
+    is_whole = smallest is None or (
+        dimension_of(smallest) is not None and storage in {None, storage_of(smallest)}
+    )
     if tracklets != vectors or models > 1 or smallest != greatest or not is_whole:
         raise DamagedGalleryError(
             f"expected embeddings of one model and size for {tracklets} tracklets, got "
             f"{vectors} of {models} models and {smallest} to {greatest} bytes"
         )
-    return Facts(version, model, dimension, tracklets, identities)
+    return tracklets, model, smallest

@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from index.files import sync
 from index.ranking import Rows
 
 FILE_NAME = "passerby.index"
@@ -130,7 +131,7 @@ class SavedIndex:
                 file.flush()
                 os.fsync(file.fileno())
             self._new.replace(self._path)
-            _sync(self._directory)
+            sync(self._directory)
         except BaseException:
             self._new.unlink(missing_ok=True)
             raise
@@ -160,7 +161,7 @@ class SavedIndex:
         if self.exists:
             self._path.unlink(missing_ok=True)
             self._new.unlink(missing_ok=True)
-            _sync(self._directory)
+            sync(self._directory)
 
 
 def _check_sum(file: BinaryIO) -> None:
@@ -176,12 +177,3 @@ def _check_sum(file: BinaryIO) -> None:
     if left or file.read() != digest.digest():
         raise SavedIndexError("expected the checksum that the file ends with, got another")
     file.seek(0)
-
-
-def _sync(directory: Path) -> None:
-    """Bring the names in a directory to the disk."""
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

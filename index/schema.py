@@ -137,7 +137,8 @@ def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.C
     connection = _connect(path)
     try:
         with damage_told(), translated("open the gallery"):
-            _recognise(connection, newest=len(migrations))
+            if not _is_blank(connection):
+                version_of(connection, newest=len(migrations))
             if not _is_shrinkable(connection):  # to say it again would be a write
                 # Before the first table, or it takes a VACUUM.
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -171,8 +172,7 @@ def open_guest(path: Path, version: int = len(MIGRATIONS)) -> sqlite3.Connection
     connection = _connect(path)
     try:
         with damage_told(), translated("open the gallery"):
-            _recognise(connection, newest=version)
-            [found] = connection.execute("PRAGMA user_version").fetchone()
+            found = version_of(connection, newest=version)
             if found != version:
                 message = f"expected a gallery of version {version}, got {found}: open it first"
                 raise GalleryUnavailableError(message)
@@ -202,21 +202,33 @@ def _connect(path: Path) -> sqlite3.Connection:
         )
 
 
-def _recognise(connection: sqlite3.Connection, newest: int) -> None:
+def version_of(connection: sqlite3.Connection, newest: int = len(MIGRATIONS)) -> int:
+    """The version of a gallery's file, 1 to ``newest``.
+
+    Raises:
+        DamagedGalleryError: It is no gallery, or from a newer version of Passerby.
+    """
     [application_id] = connection.execute("PRAGMA application_id").fetchone()
     [version] = connection.execute("PRAGMA user_version").fetchone()
-    [objects] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    is_blank = (application_id, version, objects) == (0, 0, 0)
-    if application_id != APPLICATION_ID and not is_blank:
+    if application_id != APPLICATION_ID:
         raise DamagedGalleryError(
             f"expected a gallery file (application id {APPLICATION_ID}), "
             f"got an SQLite file of another application ({application_id})"
         )
-    if version > newest:
+    if not 1 <= version <= newest:
         raise DamagedGalleryError(
             f"expected a gallery of version {newest} or older, got version {version}: "
             "it was written by a newer Passerby"
         )
+    return int(version)
+
+
+def _is_blank(connection: sqlite3.Connection) -> bool:
+    """Whether a file is yet to become anything."""
+    [application_id] = connection.execute("PRAGMA application_id").fetchone()
+    [version] = connection.execute("PRAGMA user_version").fetchone()
+    [objects] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    return (application_id, version, objects) == (0, 0, 0)
 
 
 def _migrate(connection: sqlite3.Connection, migrations: Sequence[str]) -> None:

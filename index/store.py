@@ -35,7 +35,9 @@ from index.properties import (
     read_property,
     replace_calibration,
     replace_property,
+    stored_as,
 )
+from index.recognition import content_of
 from index.rows import (
     PLACES,
     RECORD,
@@ -61,7 +63,6 @@ from index.vector_storage import (
     Storage,
     StorageMismatchError,
     dimension_of,
-    storage_of,
     to_blob,
 )
 from index.vector_storage import to_matrix as to_matrix  # is imported from here, too
@@ -266,7 +267,7 @@ class Transaction:
 
     def erasures(self) -> Erasures:
         """The ledger before the commit."""
-        return _erasures(self._connection)
+        return read_erasures(self._connection)
 
     def replace_calibration(self, calibration: Calibration | None) -> None:
         """See `index.properties.replace_calibration`."""
@@ -516,7 +517,7 @@ class Store:
     def erasures(self) -> Erasures:
         """The ledger."""
         with self._reading() as connection:
-            return _erasures(connection)
+            return read_erasures(connection)
 
     def page(self, filters: Filters, *, after: int, limit: int) -> list[Stored]:
         """Records that pass the filters, by key, beginning after a key."""
@@ -586,21 +587,8 @@ class Store:
             DamagedGalleryError: Embeddings of two models, or of two sizes, or a tracklet without.
         """
         with self._reading() as connection:
-            tracklets, models, model = connection.execute(
-                "SELECT count(*), count(DISTINCT model), min(model) FROM tracklets"
-            ).fetchone()
-            vectors, smallest, greatest = connection.execute(
-                "SELECT count(*), min(length(vector)), max(length(vector)) FROM embeddings"
-            ).fetchone()
-        dimension = None if smallest is None else dimension_of(smallest)
-        is_whole = smallest is None or (
-            dimension is not None and storage_of(smallest) == self.storage
-        )
-        if tracklets != vectors or models > 1 or smallest != greatest or not is_whole:
-            raise DamagedGalleryError(
-                f"expected embeddings of one model and size for {tracklets} tracklets, got "
-                f"{vectors} of {models} models and {smallest} to {greatest} bytes"
-            )
+            tracklets, model, vector_bytes = content_of(connection, self.storage)
+        dimension = None if vector_bytes is None else dimension_of(vector_bytes)
         return Content(tracklets, model, dimension)
 
     def columns(self, rows: int, *, until: int) -> Iterator[Described]:
@@ -691,7 +679,7 @@ class Store:
 
 def _settle_storage(connection: sqlite3.Connection, wanted: Storage | None) -> Storage:
     """How embeddings are kept from now on."""
-    found: Storage = "float16" if read_property(connection, "storage") == "float16" else "float32"
+    found = stored_as(connection)
     if wanted in {None, found}:
         return found
     if connection.execute("SELECT key FROM embeddings LIMIT 1").fetchone() is not None:
@@ -737,7 +725,8 @@ def _open(path: Path) -> int:
         raise GalleryUnavailableError(message) from error
 
 
-def _erasures(connection: sqlite3.Connection) -> Erasures:
+def read_erasures(connection: sqlite3.Connection) -> Erasures:
+    """The ledger of a gallery's file of version 2 or newer."""
     rows = connection.execute("SELECT digest, kind, erased_at, salt FROM erasures").fetchall()
     return Erasures(
         tuple(

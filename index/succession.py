@@ -14,12 +14,12 @@ import numpy as np
 
 from index.gallery import Embeddings, GalleryError, GalleryUnavailableError
 from index.locks import DirectoryLock
-from index.properties import read_property
+from index.properties import stored_as
 from index.reading import reading
 from index.saved import SavedIndex
 from index.schema import open_guest, translated
 from index.store import FILE_NAME, LOCK_NAME
-from index.vector_storage import Storage, to_blob
+from index.vector_storage import to_blob
 
 
 class SuccessionError(GalleryError):
@@ -136,7 +136,7 @@ def keep(directory: Path, model: str, embeddings: Sequence[NextEmbedding]) -> No
     if not all(np.isfinite(one.embedding).all() for one in embeddings):
         raise ValueError("expected finite embeddings, got NaN or infinity")
     with _guest(directory) as connection, translated("write the gallery"):
-        storage = _storage(connection)
+        storage = stored_as(connection)
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany(
             "INSERT OR REPLACE INTO succeeding_embeddings "
@@ -209,10 +209,6 @@ def _change(connection: sqlite3.Connection, model: str) -> int:
     connection.execute("DELETE FROM properties WHERE name = 'calibration'")
     [count] = connection.execute("SELECT count(*) FROM tracklets").fetchone()
     return int(count)
-
-
-def _storage(connection: sqlite3.Connection) -> Storage:
-    return "float16" if read_property(connection, "storage") == "float16" else "float32"
 
 
 @contextmanager

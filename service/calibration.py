@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from index.bootstrap import Plan
@@ -17,6 +16,7 @@ from index.calibration_source import LabelledTracklets, read_labelled
 from model.datasets.folder import read_folder
 from model.frames import read_clip
 from service.calibration_picture import draw_calibration
+from service.progress import counting
 from service.worker import Embedder
 
 _TRACKLETS_AT_ONCE = 8
@@ -159,13 +159,7 @@ def _calibrate(
 
 @contextmanager
 def _progress(console: Console, doing: str) -> Iterator[Advance]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with counting(console, transient=True) as progress:
         bar = progress.add_task(f"{doing} tracklets", total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 

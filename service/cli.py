@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from index.gallery import GalleryError, GroupBy
@@ -18,7 +17,7 @@ from model.checkpoint import BUNDLED
 from model.errors import ModelError
 from service import gallery_cli as gallery_commands
 from service import moving as moving_commands
-from service.client import Client, ClientError, read_key, read_local
+from service.client import DEFAULT_SERVER, Client, ClientError, read_key, read_local
 from service.demo import run_demo
 from service.enrolment import Outcome, Task, enrol_all, plan_folder
 from service.errors import ServiceError
@@ -26,6 +25,7 @@ from service.loadtest import run_loadtest
 from service.loadtest_sending import LoadPlan
 from service.logs import configure_logging
 from service.picture import draw_answer
+from service.progress import counting
 from service.server import run
 from service.settings import InvalidSettingsError, Settings
 
@@ -48,7 +48,6 @@ Server = Annotated[str, typer.Option(help="Address of the service.")]
 KeyFile = Annotated[
     Path | None, typer.Option(help="File with the key, where the service asks for one.")
 ]
-DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 
 @app.command(
@@ -124,15 +123,9 @@ def _enrol_with_progress(
         _console.print("stopping after the uploads that are under way; Ctrl-C again to leave them")
 
     before = signal.signal(signal.SIGINT, stop)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
     outcomes = []
     try:
-        with Progress(*columns, console=_console) as progress:
+        with counting(_console) as progress:
             bar = progress.add_task("enrolling", total=len(tasks))
             for outcome in enrol_all(
                 client, tasks, concurrency=concurrency, stop=lambda: interrupted

@@ -12,6 +12,7 @@ import httpx
 from model.datasets.folder import IMAGE_SUFFIXES, read_tracklet
 from service.uploads import content_digest
 
+DEFAULT_SERVER = "http://127.0.0.1:8000"
 ATTEMPTS = 6
 _TIMEOUT = httpx.Timeout(connect=5, read=180, write=60, pool=None)
 

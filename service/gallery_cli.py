@@ -15,7 +15,7 @@ from index.unnamed import read_unnamed
 from model.checkpoint import BUNDLED
 from model.embedder import Embedder
 from service.calibration import CalibrationRequest, calibrate_folder, calibrate_gallery, report
-from service.client import Client, read_key
+from service.client import DEFAULT_SERVER, Client, read_key
 from service.clusters import (
     MOST,
     ClusterError,
@@ -34,7 +34,6 @@ _out = Console()
 DataDir = Annotated[Path, typer.Option(help="Of the gallery.", envvar="PASSERBY_DATA_DIR")]
 NOT_YET = 3  # status of a command that has done its part, and has to be given once more
 DEFAULT_DATA = Path("data")
-DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 
 @app.command()

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from index.succession import (
     InUseError,
@@ -20,6 +19,7 @@ from index.succession import (
     take_over,
 )
 from model.frames import Clip, Preprocessing, prepare_frame
+from service.progress import counting
 from service.worker import Embedder
 
 _AT_ONCE = 16
@@ -71,13 +71,7 @@ def reembed(data_dir: Path, embedder: Embedder, console: Console) -> bool:
 
 def _embed_all(data_dir: Path, embedder: Embedder, console: Console) -> None:
     """Embed until nothing is left to embed, also of what comes meanwhile."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with counting(console) as progress:
         bar = progress.add_task("embedding", total=None)
         while True:
             found = standing(data_dir, embedder.model)

@@ -1,7 +1,6 @@
 """Request and response bodies, with the examples that the documentation shows."""
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from pydantic import (
 )
 
 from index.gallery import Filters, GroupBy, IdentitySummary, TrackletRecord
+from index.json_values import check_json
 
 ID_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
 Id = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
@@ -55,30 +55,11 @@ def _to_utc(value: datetime) -> datetime:
 
 
 Time = Annotated[AwareDatetime, BeforeValidator(_check_is_text), AfterValidator(_to_utc)]
-MAX_DEPTH = 32
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
-    _check_json(value, depth=0)
+    check_json(value)
     return value
-
-
-def _check_json(value: Any, depth: int) -> None:
-    """Refuse what could not be answered as JSON in UTF-8 again, or only by a deep recursion."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"expected at most {MAX_DEPTH} levels, got more")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("expected finite numbers, got NaN or infinity")
-    if isinstance(value, str) and _SURROGATE.search(value):
-        raise ValueError("expected Unicode text, got half of a surrogate pair")
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        for child in value:
-            _check_json(child, depth + 1)
 
 
 Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]

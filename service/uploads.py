@@ -118,34 +118,15 @@ def decode_upload(
         ServiceError: The upload is refused; the message says which frame and why.
     """
     kind, unpacked = unpack(files, limits)
-    tracklet = decode(kind, unpacked, choice, limits)
+    keep_frames = Keep.FRAMES in keep
+    if kind == "video":
+        tracklet, frames = _decode_video(unpacked[0], choice, limits, keep_frames=keep_frames)
+    else:
+        tracklet = decode(kind, unpacked, choice, limits)
+        frames = tuple(unpacked[position] for position in tracklet.positions if keep_frames)
     strip = film_strip(tracklet.clip) if Keep.STRIP in keep else None
     quality = measure_quality(tracklet.clip, tracklet.shortest_side)
-    frames: tuple[bytes, ...] = ()
-    if Keep.FRAMES in keep:
-        frames = _used_files(kind, unpacked, tracklet.positions, limits)
     return Decoded(tracklet, content_digest(unpacked), strip, quality, frames)
-
-
-def _used_files(
-    kind: str, files: Sequence[bytes], positions: Sequence[int], limits: FrameLimits
-) -> tuple[bytes, ...]:
-    """The used frames as image files, as they were sent or, of a video, as they were filmed."""
-    if kind != "video":
-        return tuple(files[position] for position in positions)
-    from service.video import Pixels, read_video
-
-    def encode(pixels: Pixels) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=KEPT_QUALITY)
-        return buffer.getvalue()
-
-    _, kept = read_video(files[0], lambda _: positions, encode, limits)
-    if (total := sum(map(len, kept.values()))) > limits.request_bytes:
-        raise PayloadTooLargeError(
-            f"expected used frames of at most {limits.request_bytes} bytes as JPEG, got {total}"
-        )
-    return tuple(kept[position] for position in positions)
 
 
 def content_digest(files: Sequence[bytes]) -> str:
@@ -205,7 +186,7 @@ def decode(
         ServiceError: A frame or the video is refused; the message says which and why.
     """
     if kind == "video":
-        return _decode_video(files[0], choice, limits)
+        return _decode_video(files[0], choice, limits)[0]
     positions = choose_frames(len(files), choice.used, choice.sampling)
     chosen = frozenset(positions)
     clip, sides = [], []
@@ -218,22 +199,31 @@ def decode(
     return DecodedTracklet(np.stack(clip), tuple(positions), len(files), min(sides))
 
 
-def _decode_video(content: bytes, choice: FrameChoice, limits: FrameLimits) -> DecodedTracklet:
+def _decode_video(
+    content: bytes, choice: FrameChoice, limits: FrameLimits, *, keep_frames: bool = False
+) -> tuple[DecodedTracklet, tuple[bytes, ...]]:
+    """Decode the used frames of a video; also as JPEG files, where they are kept."""
     from service.video import Pixels, read_video  # a third of a decoder's memory, seldom needed
 
     def choose(received: int) -> list[int]:
         return choose_frames(received, choice.used, choice.sampling)
 
-    sides = []
-
-    def prepare(pixels: Pixels) -> Clip:
-        sides.append(min(pixels.shape[:2]))
-        return prepare_frame(Image.fromarray(pixels), choice.preprocessing)
+    def prepare(pixels: Pixels) -> tuple[Clip, int, bytes]:
+        image = Image.fromarray(pixels)
+        file = io.BytesIO()
+        if keep_frames:
+            image.save(file, "JPEG", quality=KEPT_QUALITY)
+        return prepare_frame(image, choice.preprocessing), min(image.size), file.getvalue()
 
     received, frames = read_video(content, choose, prepare, limits)
     positions = tuple(sorted(frames))
-    clip = np.stack([frames[at] for at in positions])
-    return DecodedTracklet(clip, positions, received, min(sides))
+    clip, sides, files = zip(*(frames[position] for position in positions), strict=True)
+    if (total := sum(map(len, files))) > limits.request_bytes:
+        raise PayloadTooLargeError(
+            f"expected used frames of at most {limits.request_bytes} bytes as JPEG, got {total}"
+        )
+    tracklet = DecodedTracklet(np.stack(clip), positions, received, min(sides))
+    return tracklet, files if keep_frames else ()
 
 
 def _decode_image(

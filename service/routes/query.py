@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from index.gallery import Embeddings, Gallery, TrackletRecord
@@ -26,13 +26,14 @@ from service.parts import (
     search,
     threshold_of,
 )
+from service.routes.gallery import TrackletId
 from service.schemas import (
-    ID_PATTERN,
     AttentionBody,
     EmbedBody,
     FrameCounts,
     MatchBody,
     NoParameters,
+    QualityBody,
     QueryBody,
     QueryParameters,
     RecordBody,
@@ -68,9 +69,8 @@ async def query(
         filters=parameters.filters(),
         max_distance=parameters.max_distance,
     )
-    body = _answer(parts, found, upload.timing)
-    body.frames = frame_counts(upload.tracklet)
-    body.quality = quality_of(upload, embedded)
+    seen = frame_counts(upload.tracklet), quality_of(upload, embedded)
+    body = _answer(parts, found, upload.timing, *seen)
     if parameters.explain:
         body.attention = _attention(upload, embedded.result)
     return body
@@ -83,7 +83,7 @@ async def query(
 )
 async def get_matches(
     parts: PartsDep,
-    tracklet_id: Annotated[str, Path(pattern=ID_PATTERN)],
+    tracklet_id: TrackletId,
     parameters: Annotated[SearchParameters, Query()],
 ) -> QueryBody:
     """Find the identities that look most like a stored tracklet, which is itself left out."""
@@ -99,18 +99,18 @@ async def get_matches(
         filters=parameters.filters(exclude_tracklets=frozenset({tracklet_id})),
         max_distance=parameters.max_distance,
     )
-    body = _answer(parts, found, timing)
     stored = RecordBody.of(record)
-    body.frames, body.quality = stored.frames, stored.quality
-    return body
+    return _answer(parts, found, timing, stored.frames, stored.quality)
 
 
 def _stored(gallery: Gallery, tracklet_id: str) -> tuple[TrackletRecord, Embeddings]:
     return gallery.get(tracklet_id), gallery.embedding(tracklet_id)
 
 
-def _answer(parts: Parts, found: Found, timing: Timing) -> QueryBody:
-    """All but what is known of the query; counts the decision."""
+def _answer(
+    parts: Parts, found: Found, timing: Timing, frames: FrameCounts, quality: QualityBody | None
+) -> QueryBody:
+    """The body of a search, without attention; counts the decision."""
     result, threshold = found
     decision = decide(result.nearest, threshold)
     parts.metrics.observe_decision(result.nearest, decision)
@@ -128,8 +128,8 @@ def _answer(parts: Parts, found: Found, timing: Timing) -> QueryBody:
         threshold=threshold,
         searched=result.searched,
         model=parts.embedder.model,
-        frames=FrameCounts(received=1, used=1),
-        quality=None,
+        frames=frames,
+        quality=quality,
         timing_ms=TimingBody(**timing.body()),
     )
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from index.calibration import (
 from index.calibration_source import read_labelled
 from index.embedded import EmbeddedGallery
 from index.gallery import DamagedGalleryError, GalleryUnavailableError, InvalidEmbeddingError
-from index.schema import MIGRATIONS
+from index.schema import MIGRATIONS, version_of
 from index.store import FILE_NAME
 from tests.index.conftest import Enrol
 
@@ -459,7 +460,8 @@ def test_a_gallery_of_a_newer_version_is_refused(
     with EmbeddedGallery(directory) as opened:
         opened.add([enrol("a", [1, 2], identity="p1")])
 
-    monkeypatch.setattr("index.reading.MIGRATIONS", MIGRATIONS[:-1])
+    older = partial(version_of, newest=len(MIGRATIONS) - 1)
+    monkeypatch.setattr("index.reading.version_of", older)
 
     with pytest.raises(DamagedGalleryError, match="written by a newer Passerby"):
         read_labelled(directory)

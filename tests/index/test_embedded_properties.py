@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from bench.gallery_truth import passes
 from index.embedded import EmbeddedGallery
 from index.erasures import Erasure, Erasures, Kind, digest
 from index.gallery import (
@@ -91,19 +92,6 @@ searches = st.fixed_dictionaries(
         "max_distance": st.none() | st.floats(0, 6),
     }
 )
-
-
-def passes(record: TrackletRecord, filters: Filters) -> bool:
-    start = record.start_time
-    return (
-        (filters.identities is None or record.identity in filters.identities)
-        and not (filters.unnamed and record.identity is not None)
-        and (filters.cameras is None or record.camera in filters.cameras)
-        and record.camera not in filters.exclude_cameras
-        and (filters.since is None or (start is not None and start >= filters.since))
-        and (filters.until is None or (start is not None and start <= filters.until))
-        and record.tracklet_id not in filters.exclude_tracklets
-    )
 
 
 def slow_search(

@@ -467,7 +467,7 @@ elif at == "half-written":
             self.digest_.update(part)
     saved.sha256 = Digest
 elif at == "renamed":
-    saved._sync = kill
+    saved.sync = kill
 elif at == "before-commit":
     Transaction.replace_property = kill
 elif at == "after-commit":

@@ -126,6 +126,21 @@ def eventually(claim: Callable[[], bool], within_s: float = WAIT_S) -> bool:
     return claim()
 
 
+def gauge(service: Service, name: str) -> int:
+    """The value of one of its metrics, without the prefix."""
+    text = httpx.get(f"{service.address}/metrics").text
+    [line] = [line for line in text.splitlines() if line.startswith(f"passerby_{name} ")]
+    return round(float(line.split()[1]))
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @contextmanager
 def serving(
     folder: Path,

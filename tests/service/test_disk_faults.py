@@ -18,7 +18,15 @@ import httpx
 import pytest
 
 from tests.service.making import BLUE, GOOD, GREEN, RED, as_frames, clip_of, encode, noise
-from tests.service.processes import ROOT, WAIT_S, Service, eventually, serving
+from tests.service.processes import (
+    ROOT,
+    WAIT_S,
+    Service,
+    eventually,
+    gauge,
+    is_running,
+    serving,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -241,19 +249,6 @@ def half_send(service: Service) -> socket.socket:
     lines = [b"POST /gallery HTTP/1.1", *(b": ".join(one) for one in request.headers.raw)]
     client.sendall(b"\r\n".join([*lines, b"", body[: len(body) // 2]]))
     return client
-
-
-def gauge(service: Service, name: str) -> int:
-    text = httpx.get(f"{service.address}/metrics").text
-    [line] = [line for line in text.splitlines() if line.startswith(f"passerby_{name} ")]
-    return round(float(line.split()[1]))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.fixture

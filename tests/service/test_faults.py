@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.service.making import BLUE, GOOD, clip_of
-from tests.service.processes import STAGES, WAIT_S, Service, eventually, serving
+from tests.service.processes import STAGES, WAIT_S, Service, eventually, gauge, is_running, serving
 
 pytestmark = pytest.mark.slow
 PATHS = {"decode": "/gallery", "embed": "/gallery", "search": "/query", "store": "/gallery"}
@@ -31,13 +31,6 @@ def hold_one(service: Service, pool: ThreadPoolExecutor, stage: str) -> "Future[
 def stored(service: Service) -> int:
     count = httpx.get(f"{service.address}/info").json()["gallery"]["tracklets"]
     return int(count)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -107,13 +100,7 @@ def head(request: httpx.Request) -> bytes:
 
 
 def in_flight(service: Service) -> int:
-    return gauge(service, "passerby_requests_in_flight")
-
-
-def gauge(service: Service, name: str) -> int:
-    text = httpx.get(f"{service.address}/metrics").text
-    [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-    return round(float(line.split()[1]))
+    return gauge(service, "requests_in_flight")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -130,7 +117,7 @@ def test_a_client_that_hangs_up_in_any_stage_leaves_nothing(tmp_path: Path, stag
         service.let_go()
 
         assert eventually(lambda: in_flight(service) == 1)
-        assert gauge(service, "passerby_queue_tracklets") == 0
+        assert gauge(service, "queue_tracklets") == 0
         assert post(service, "/query").status_code == 200
         # A reader of the store, which is kept, may have come.
         assert eventually(lambda: service.count_descriptors() <= before + 2)
