@@ -81,9 +81,10 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ways",
         nargs="+",
-        help="factory strings, or 'plain numpy'; with float16: before them where vectors are to be "
-        "stored so",
+        help="factory strings, 'plain numpy', hnswlib, or usearch; with float16: before them where "
+        "vectors are to be stored so",
     )
+    parser.add_argument("--data", type=Path, help="where they stay instead, and are used again")
     parser.add_argument("--folder", type=Path, help="where the galleries are for a while")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
@@ -113,10 +114,17 @@ def _sizes(asked: argparse.Namespace) -> None:
     found: list[Figures] = []
     for tracklets in asked.tracklets:
         people = People(tracklets, asked.dim, asked.seed)
-        ways = ways_for(tracklets)
+        ways = ways_for(tracklets, asked.dim)
         if asked.ways:
             ways = tuple(Way.parse(text) for text in asked.ways)
-        found += measure_sizes(people, ways, queries=asked.queries, folder=asked.folder, tell=_say)
+        found += measure_sizes(
+            people,
+            ways,
+            queries=asked.queries,
+            folder=asked.folder,
+            data=asked.data,
+            tell=_say,
+        )
         _keep(asked.json, found)  # after each size: the last takes long
 
 

@@ -7,20 +7,21 @@ measuring every query against every chunk.
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.gallery_others import LIBRARIES, PLAIN, ask_other, is_other, is_there
 from bench.gallery_people import MODEL, Block, People
 from bench.search import memory
 from index.derived import Derived
@@ -33,9 +34,8 @@ from index.vector_storage import Storage, rounded
 from index.vectors import Allowed
 
 TOP_K = 10
-PLAIN = "plain numpy"
-OTHERS = ("hnswlib", "usearch")
-_READ_AT_ONCE = 2048
+_MOST_PLAIN = 200_000  # beyond, two lines of numpy take as long as they take memory
+_FEW_DIMENSIONS = 256
 _LEAST_ROWS_A_LIST = 39  # what FAISS wants to train with
 
 
@@ -44,7 +44,7 @@ class Way:
     """One way to look.
 
     Args:
-        index: A factory string, or `PLAIN`.
+        index: As `EmbeddedGallery` takes it, or see `bench.gallery_others`.
         storage: Of the vectors.
     """
 
@@ -163,17 +163,25 @@ def lists_for(tracklets: int) -> int:
     return 1 << min(wanted, most)
 
 
-def ways_for(tracklets: int) -> tuple[Way, ...]:
+def ways_for(tracklets: int, dimension: int) -> tuple[Way, ...]:
     """What is measured where nothing else is asked for."""
-    lists = lists_for(tracklets)
-    approximate = (f"IVF{lists},RaBitQ", f"IVF{lists},SQ8", "HNSW32,SQfp16")
+    best = best_for(tracklets, dimension)
+    others = tuple(Way(name) for name in LIBRARIES if is_there(name))
     return (
         Way("Flat"),
         Way("Flat", "float16"),
-        *(Way(index) for index in approximate),
-        Way(f"IVF{lists},RaBitQ", "float16"),
-        Way(PLAIN),
+        Way(best),
+        Way(best, "float16"),
+        *(Way(index) for index in (f"IVF{lists_for(tracklets)},RaBitQ", "HNSW32,SQfp16")),
+        *others[: tracklets <= _MOST_PLAIN and len(others)],
+        *([Way(PLAIN)] if tracklets <= _MOST_PLAIN else []),
     )
+
+
+def best_for(tracklets: int, dimension: int) -> str:
+    """The best approximate factory string that was found, see docs/gallery.md."""
+    shortened = f"PCA{_FEW_DIMENSIONS}," if dimension > _FEW_DIMENSIONS else ""
+    return f"{shortened}IVF{lists_for(tracklets)},SQ8"
 
 
 def measure_sizes(
@@ -182,6 +190,7 @@ def measure_sizes(
     *,
     queries: int,
     folder: Path | None,
+    data: Path | None = None,
     tell: Callable[[str], None],
 ) -> list[Figures]:
     """Measure all ways.
@@ -192,26 +201,35 @@ def measure_sizes(
         queries: How many are asked.
         folder: Where the galleries are for a while: 4 or 2 bytes for each of N D numbers, and the
             saved indexes.
+        data: Where they stay instead, and are used again.
         tell: Gets lines of a table.
     """
     found = []
     for storage in dict.fromkeys(way.storage for way in ways):
-        with tempfile.TemporaryDirectory(dir=folder) as parent:
-            directory, asked = Path(parent) / "gallery", Path(parent) / "asked.npz"
+        with ExitStack() as stack:
+            parent = data and data / f"{_name(people)}-{storage}-{queries}-{people.seed}"
+            if parent is None:
+                parent = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+            directory, asked = parent / "gallery", parent / "asked.npz"
             begun = time.perf_counter()
-            write_store(directory, people, storage, queries).save(asked)
+            if not asked.exists():  # written last
+                shutil.rmtree(directory, ignore_errors=True)
+                parent.mkdir(parents=True, exist_ok=True)
+                write_store(directory, people, storage, queries).save(asked)
             spent = time.perf_counter() - begun
-            tell(
-                f"\n{people.tracklets} x {people.dimension} as {storage}, written in {spent:.0f} s"
-            )
-            tell(f"\n{HEAD}")
+            tell(f"\n{_name(people)} as {storage}, there after {spent:.0f} s\n\n{HEAD}")
             for way in ways:
-                if way.storage == storage:
+                if way.storage == storage and is_there(way.index):
                     found.append(measure_apart(way, directory, asked, people))
                     tell(found[-1].to_row())
-    for name in OTHERS:
-        tell(f"{name}: {'installed, but not measured' if find_spec(name) else 'not installed'}")
+    for name in LIBRARIES:
+        if not is_there(name):
+            tell(f"{name}: not installed")
     return found
+
+
+def _name(people: People) -> str:
+    return f"{people.tracklets}x{people.dimension}"
 
 
 def write_store(directory: Path, people: People, storage: Storage, queries: int) -> Asked:
@@ -256,7 +274,7 @@ def measure_apart(way: Way, directory: Path, asked: Path, people: People) -> Fig
     """Open a gallery in processes of their own, and ask it."""
     (directory / SAVED_NAME).unlink(missing_ok=True)
     first = None
-    if way.index != PLAIN:
+    if not is_other(way.index):
         first = _in_child("open", way, directory, asked)["start_s"]
     is_saved = (directory / SAVED_NAME).exists()
     told = _in_child("ask", way, directory, asked)
@@ -287,8 +305,8 @@ def child(order: str) -> dict[str, Any]:
     """What a process of its own does: it opens a gallery, and perhaps asks it."""
     what, how, directory, asked = json.loads(order)
     way = Way(**how)
-    if way.index == PLAIN:
-        return _ask_numpy(Path(directory), way, Asked.load(Path(asked)))
+    if is_other(way.index):
+        return _ask_other(Path(directory), way, Asked.load(Path(asked)))
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
     before, begun = memory("VmRSS"), time.perf_counter()
     with EmbeddedGallery(Path(directory), index=way.index, storage=way.storage) as gallery:
@@ -349,52 +367,12 @@ def _time_faiss(derived: Derived) -> list[float]:
     return spent
 
 
-def _ask_numpy(directory: Path, way: Way, asked: Asked) -> dict[str, Any]:
-    """The same with two lines of numpy: a product, and the best of it."""
-    before, begun = memory("VmRSS"), time.perf_counter()
-    vectors, people, cameras = _read_all(directory, way)
-    lengths = np.square(vectors).sum(axis=1)
-    started = {"start_s": time.perf_counter() - begun, "memory_bytes": memory("VmRSS") - before}
-    times: list[float] = []
-    found = []
-    for query, camera in zip(asked.vectors, asked.cameras, strict=True):
-        with _timed(times):
-            squared = lengths - 2 * (vectors @ query)
-            squared[cameras == camera] = np.inf
-            few = np.argpartition(squared, min(1000, len(squared) - 1))[:1000]
-            few = few[np.argsort(squared[few])]
-            _, places = np.unique(people[few], return_index=True)
-            found.append(people[few[np.sort(places)[:TOP_K]]].tolist())
+def _ask_other(directory: Path, way: Way, asked: Asked) -> dict[str, Any]:
+    started, seconds, found = ask_other(
+        directory, way.index, way.storage, asked.vectors, asked.cameras, TOP_K
+    )
     nothing = dict.fromkeys(("faiss_ms", "everyone_ms", "bare_ms"))
-    return {
-        **started,
-        "peak_bytes": memory("VmHWM") - before,
-        **_told(times, found, asked),
-        **nothing,
-    }
-
-
-def _read_all(directory: Path, way: Way) -> tuple[Embeddings, NDArray[np.int64], NDArray[np.int64]]:
-    """All vectors, whom they show, and where."""
-    store = Store(directory, storage=way.storage)
-    try:
-        tracklets, _, dimension = store.content()
-        vectors = np.empty((tracklets, dimension or 0), dtype=np.float32)
-        people, cameras = np.empty((2, tracklets), dtype=np.int64)
-        start = 0
-        for chunk in store.chunks(_READ_AT_ONCE):
-            end = start + len(chunk.keys)
-            vectors[start:end] = chunk.vectors
-            people[start:end] = [_number(each) for each in chunk.identities]
-            cameras[start:end] = [_number(each) for each in chunk.cameras]
-            start = end
-        return vectors, people, cameras
-    finally:
-        store.close()
-
-
-def _number(name: str | None) -> int:
-    return int((name or "-1").rpartition("-")[2])
+    return {**started, **_told(seconds, found, asked), **nothing}
 
 
 def _told(

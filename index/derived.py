@@ -1,31 +1,37 @@
 """What memory holds of a gallery: derived from the store, and at any time made again from it."""
 
+import logging
 import secrets
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from index.checksums import check_vectors
 from index.columns import Columns
 from index.gallery import (
     Embeddings,
     Filters,
+    GalleryUnavailableError,
     GroupBy,
     InvalidIndexError,
     Match,
+    NotFoundError,
     SearchResult,
     TrackletRecord,
 )
-from index.ranking import Nearest, Rows, rank
+from index.ranking import ANY_ERROR, Nearest, Rows, rank
 from index.rows import to_microseconds, to_stored
 from index.saved import Header, SavedIndexError
 from index.sharing import SharedCalls
 from index.store import Chunk, Store
-from index.vector_storage import to_matrix
 from index.vectors import Allowed, IndexPlan, VectorIndex
 
+_log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 2048
+_TELLING_PAUSE_S = 10.0
 _DESCRIBED_AT_ONCE = 50_000
 # So few rows are measured one by one where FAISS would only guess: filters may leave a handful of
 # rows that an approximate search does not happen to pass by.
@@ -35,6 +41,7 @@ _MOST_FIRST_CANDIDATES = 1024
 # By then each query of a call costs an eighth of what it costs alone, and answers still come soon.
 _MOST_TOGETHER = 64
 _EVERYONE = Filters()
+_REMEMBERED_FILTERS = 16  # a byte and a bit a slot each
 
 
 class OutOfStepError(Exception):
@@ -83,13 +90,13 @@ class Derived:
         self.columns = Columns()
         self.unsaved = 0  # rows that the saved index lacks, or has too many
         self._shared = SharedCalls(self._nearest, at_once=calls, most=_MOST_TOGETHER)
-        # What every search wants to know, until the next change.
-        self._everyone: Allowed | None = None
-        self._groups: int | None = None
+        # Who passes which filters, until the next change: often the same are asked for again.
+        self._allowed: dict[Filters, Allowed] = {}
+        self._per_group = _PerGroup()
 
     @classmethod
     def load(cls, store: Store, plan: IndexPlan, *, calls: int) -> "Derived | None":
-        """Make it from the store; None if that is empty.
+        """Make it from the store; None if that is empty. Where it takes long, the log says how far.
 
         Raises:
             DamagedGalleryError: What is stored does not fit together.
@@ -98,12 +105,14 @@ class Derived:
         tracklets, model, dimension = store.content()
         if model is None or dimension is None:
             return None
-        sample_rows = plan.sample_rows(dimension, tracklets)
-        sample = store.sample(sample_rows) if sample_rows else None
-        derived = cls(model, plan.build(dimension, sample), calls=calls)
+        derived = cls(model, _built(store, plan, dimension, tracklets), calls=calls)
         derived.vectors.reserve(tracklets)
+        told = time.monotonic()
         for chunk in store.chunks(_ROWS_AT_ONCE):
             derived.add(chunk)
+            if time.monotonic() > told + _TELLING_PAUSE_S:
+                told = time.monotonic()
+                _log.info("indexed %d of %d tracklets", derived.columns.alive, tracklets)
         return derived
 
     @classmethod
@@ -237,11 +246,13 @@ class Derived:
 
     def allowed(self, filters: Filters) -> Allowed:
         """Which slots pass filters without ``exclude_tracklets``."""
-        if filters != _EVERYONE:
-            return Allowed(self.columns.mask(filters))
-        if self._everyone is None:
-            self._everyone = Allowed(self.columns.mask(_EVERYONE), everyone=True)
-        return self._everyone
+        if (known := self._allowed.get(filters)) is not None:
+            return known
+        allowed = Allowed(self.columns.mask(filters), everyone=filters == _EVERYONE)
+        if len(self._allowed) >= _REMEMBERED_FILTERS:
+            self._allowed = {}
+        self._allowed[filters] = allowed
+        return allowed
 
     def _nearest(self, questions: Sequence[Question]) -> list[Nearest]:
         queries = np.stack([each.query for each in questions])
@@ -250,11 +261,9 @@ class Derived:
 
     def _first(self, top_k: int, group_by: GroupBy) -> int:
         """How many candidates will probably do: four times what evenly mixed groups would take."""
-        if self._groups is None:
-            self._groups = self.columns.identities() + self.columns.unnamed()
-        mean = self.columns.alive / self._groups if group_by == "identity" else 1
+        mean = self._per_group.mean(self.columns) if group_by == "identity" else 1
         likely = min(int(4 * top_k * mean), _MOST_FIRST_CANDIDATES)
-        return max(likely, 2 * top_k, _FIRST_CANDIDATES)
+        return self.vectors.to_name(max(likely, 2 * top_k, _FIRST_CANDIDATES))
 
     def _follow(self, store: Store, keys: Rows) -> None:
         """Bring vectors that were saved into step with the store, and describe them.
@@ -280,8 +289,22 @@ class Derived:
         self.unsaved = len(erased)
 
     def _forget(self) -> None:
-        self._everyone = None
-        self._groups = None
+        self._allowed = {}
+
+
+class _PerGroup:
+    """How many rows a group has on average: counted again when a tenth of all has changed."""
+
+    def __init__(self) -> None:
+        self._counted = (0, 1.0)
+
+    def mean(self, columns: Columns) -> float:
+        """About how many; to count takes long where there are a million."""
+        rows, mean = self._counted
+        if abs(columns.alive - rows) > columns.alive // 10:
+            mean = columns.alive / (columns.identities() + columns.unnamed())
+            self._counted = (columns.alive, mean)
+        return mean
 
 
 class _Searched:
@@ -302,14 +325,15 @@ class _Searched:
             self._mask = self._mask.copy()
             self._mask[derived.columns.slots(left_out)] = False
             self.count = int(np.count_nonzero(self._mask))
-        self.exhaustive = derived.vectors.exhaustive
-        self._measures_all = not self.exhaustive and self.count <= _FEW_ROWS
+        # Where FAISS guesses, and few take part, all of them are measured.
+        self._names_all = not derived.vectors.exhaustive and self.count <= _FEW_ROWS
+        self.exhaustive = derived.vectors.exhaustive or self._names_all
         self._rows: dict[int, tuple[Any, ...]] = {}
 
     def nearest(self, count: int, without: Rows) -> Nearest:
-        if self._measures_all:
+        if self._names_all:
             rows = np.flatnonzero(self._mask)
-            return Nearest(rows, np.zeros(len(rows), dtype=np.float32), np.inf, None)
+            return Nearest(rows, np.zeros(len(rows), dtype=np.float32), np.inf, ANY_ERROR)
         if len(without):
             return self._nearest_of_others(count, without)
         left_out = self._allowed.count - self.count
@@ -327,26 +351,45 @@ class _Searched:
         by_tracklet = self._search.group_by == "tracklet"
         return rows if by_tracklet else self._derived.columns.groups(rows)
 
-    def fetch(self, rows: Rows) -> tuple[Sequence[str], Embeddings]:
+    def vectors(self, rows: Rows) -> Embeddings:
+        if self._derived.vectors.exhaustive:
+            return self._derived.vectors.vectors(rows)
+        try:
+            return self._store.vectors(self._derived.columns.keys[rows].tolist())
+        except NotFoundError as error:
+            raise OutOfStepError from error
+
+    def tracklet_ids(self, rows: Rows) -> Sequence[str]:
         keys = self._derived.columns.keys[rows].tolist()
-        found = self._store.rows(keys, vectors=not self.exhaustive)
+        found = self._store.rows(keys, vectors=not self._derived.vectors.exhaustive)
         if len(found) < len(keys):
             raise OutOfStepError
         stored = [found[key] for key in keys]
         self._rows.update(zip(rows.tolist(), stored, strict=True))
-        tracklet_ids = [row[1] for row in stored]
-        if self.exhaustive:
-            return tracklet_ids, self._derived.vectors.vectors(rows)
-        return tracklet_ids, to_matrix([row[-1] for row in stored])
+        return [row[1] for row in stored]
 
     def records(self, rows: Sequence[int]) -> list[TrackletRecord]:
-        """What is stored of rows that were fetched."""
+        """What is stored of rows whose ids were asked for."""
         stored = [self._rows[row] for row in rows]
         slots = np.array(rows, dtype=np.int64)
         known = ([row[column] for row in stored] for column in (2, 3, 4))  # see `index.rows.RECORD`
         if not self._derived.columns.agree(slots, *known):
             raise OutOfStepError
+        if not self._derived.vectors.exhaustive:  # they were measured as they are stored
+            check_vectors(((row[1], row[-2], row[-1]) for row in stored), GalleryUnavailableError)
         return [to_stored(row).record for row in stored]
+
+
+def _built(store: Store, plan: IndexPlan, dimension: int, tracklets: int) -> VectorIndex:
+    """An empty index, trained with a sample of what is stored if it takes that."""
+    rows = plan.sample_rows(dimension, tracklets)
+    if not rows:
+        return plan.build(dimension, None)
+    began = time.monotonic()
+    _log.info("training the index with %d of %d tracklets", rows, tracklets)
+    built = plan.build(dimension, store.sample(rows))
+    _log.info("trained the index in %.0f s", time.monotonic() - began)
+    return built
 
 
 def _check_header(header: Header, store: Store, plan: IndexPlan) -> None:

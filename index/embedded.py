@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -20,6 +21,7 @@ from index.derived import Derived, OutOfStepError, Search
 from index.erasures import Erasures
 from index.gallery import (
     Counts,
+    DamagedGalleryError,
     DuplicateIdentityError,
     DuplicateTrackletError,
     Embeddings,
@@ -38,6 +40,7 @@ from index.gallery import (
     SearchResult,
     TrackletRecord,
 )
+from index.group_commit import Change, GroupCommit, attempted, commit
 from index.locks import ReadWriteLock
 from index.rows import Stored, to_microseconds
 from index.saved import SavedIndexError
@@ -81,7 +84,7 @@ class EmbeddedGallery:
 
     Args:
         directory: Where the files are; made if it is missing. One opener at a time.
-        index: A FAISS factory string.
+        index: A FAISS factory string, perhaps with how far to look, see `index.factories.parse`.
         storage: How embeddings are kept; None for what they are kept as already, and float32 in a
             new gallery. With "float16" they are rounded when they are added, and take half the room
             on the disk, and with "Flat" in memory, too: distances are exact distances to what was
@@ -112,6 +115,9 @@ class EmbeddedGallery:
         # Taken in this order. A writer holds the first throughout, the second while memory changes.
         self._writes = Lock()
         self._memory = ReadWriteLock()
+        self._additions = GroupCommit(self._add_together)
+        self._updates = GroupCommit(self._update_together)
+        self._removals = GroupCommit(self._remove_together)
         self._derived: Derived | None = None
         self._calls = searches or processors()
         self._stale = False
@@ -128,7 +134,7 @@ class EmbeddedGallery:
                     self._derived = self._load()
                     self._save()  # it may have taken long: whoever dies now need not wait again
         except BaseException:
-            self._store.close()
+            self._store.close(as_it_is=True)
             raise
 
     def __enter__(self) -> Self:
@@ -170,29 +176,18 @@ class EmbeddedGallery:
     def add(self, enrolments: Sequence[Enrolment]) -> None:
         """Add tracklets durably, see `index.gallery.Gallery.add`.
 
-        Every now and then the call takes long, while it trains the index anew, saves it or frees
-        memory.
-        Searches go on meanwhile.
+        Threads that add at the same time share a transaction, and so the wait for the disk; each
+        is refused, or not, for itself. Every now and then the call takes long, while it trains the
+        index anew, saves it or frees memory. Searches go on meanwhile.
         """
         if not enrolments:
             return
-        with self._writing():
-            dimension = self._check_enrolments(enrolments)
-            enrolments = [_rounded(enrolment, self._store.storage) for enrolment in enrolments]
-            with self._store.transaction() as transaction:
-                ids = [enrolment.record.tracklet_id for enrolment in enrolments]
-                if taken := transaction.taken(ids):
-                    raise DuplicateTrackletError(f"already in the gallery: {', '.join(taken)}")
-                keys = [transaction.insert(enrolment) for enrolment in enrolments]
-                transaction.commit()
-            with self._changing_memory():
-                self._derived = self._derived or Derived(
-                    enrolments[0].record.model,
-                    self._plan.build(dimension, sample=None),
-                    calls=self._calls,
-                )
-                self._derived.add(Chunk.of(keys, enrolments))
-            self._upkeep()
+        self._check_enrolments(enrolments)
+        rounded_ones = [_rounded(enrolment, self._store.storage) for enrolment in enrolments]
+        addition = self._additions.ask(rounded_ones)
+        if addition.is_followed:
+            self._keep_up()
+        addition.result()
 
     def get(self, tracklet_id: str) -> TrackletRecord:
         """The record of a tracklet, see `index.gallery.Gallery.get`."""
@@ -215,13 +210,7 @@ class EmbeddedGallery:
         if unknown := sorted(changes.keys() - _CHANGEABLE):
             expected = ", ".join(sorted(_CHANGEABLE))
             raise ValueError(f"expected fields among {expected}, got {', '.join(unknown)}")
-        with self._writing(), self._store.transaction() as transaction:
-            before = transaction.get(tracklet_id)
-            transaction.replace(Stored(before.key, replace(before.record, **changes)))
-            after = transaction.get(tracklet_id)  # as it is read from now on: times in UTC
-            with self._changing_memory(transaction.commit):
-                self._rows().update(after.key, after.record)
-        return after.record
+        return self._updates.ask((tracklet_id, changes)).result().record
 
     def remove(self, tracklet_id: str) -> TrackletRecord:
         """Erase a tracklet durably, see `index.gallery.Gallery.remove`.
@@ -229,12 +218,10 @@ class EmbeddedGallery:
         What SQLite leaves of it in unused parts of a large file is removed by a later call, see
         `index.store.Store.forget`; `expire` looks after that, too.
         """
-        with self._writing():
-            with self._store.transaction() as transaction:
-                before = transaction.get(tracklet_id)
-                self._erase(transaction, {before.key: tracklet_id}, at=self._clock())
-            self._tidy()
-        return before.record
+        removal = self._removals.ask(tracklet_id)
+        if removal.is_followed:
+            self._keep_up()
+        return removal.result().record
 
     def identities(self, *, limit: int, cursor: str | None = None) -> IdentityPage:
         """One page of the identities by name, see `index.gallery.Gallery.identities`.
@@ -322,10 +309,6 @@ class EmbeddedGallery:
                 break
             time.sleep(_TURN_S)
         return tuple(erased)
-
-    def next_expiry(self) -> datetime | None:
-        """The earliest expiry, see `index.gallery.Gallery.next_expiry`."""
-        return self._store.next_expiry()
 
     def calibration(self) -> Calibration | None:
         """The calibration, see `index.gallery.Gallery.calibration`.
@@ -443,6 +426,43 @@ class EmbeddedGallery:
             with self._reading():
                 pass
 
+    def _add_together(self, additions: Sequence["_Addition"]) -> None:
+        with self._writing():
+            insert = _Inserting(self._derived)
+            with self._store.transaction() as transaction:
+                made = attempted(additions, transaction, insert)
+                if not made:
+                    return
+                enrolments = [enrolment for each in made for enrolment in each.asked]
+                keys = [key for each in made for key in each.result()]
+                with self._changing_memory(partial(commit, transaction, made)):
+                    if self._derived is None:
+                        model, dimension = insert.expected(enrolments[0])
+                        vectors = self._plan.build(dimension, sample=None)
+                        self._derived = Derived(model, vectors, calls=self._calls)
+                    self._derived.add(Chunk.of(keys, enrolments))
+            additions[0].is_followed = self._wants_upkeep()
+
+    def _update_together(self, updates: Sequence["_Update"]) -> None:
+        with self._writing(), self._store.transaction() as transaction:
+            made = attempted(updates, transaction, _update)
+            if made:
+                with self._changing_memory(partial(commit, transaction, made)):
+                    for update in made:
+                        self._rows().update(*update.result())
+
+    def _remove_together(self, removals: Sequence["_Removal"]) -> None:
+        at = self._clock()
+        with self._writing():
+            with self._store.transaction() as transaction:
+                made = attempted(removals, transaction, partial(_remove, at=at))
+                if not made:
+                    return
+                with self._changing_memory(partial(commit, transaction, made)):
+                    self._drop_rows([each.result().key for each in made])
+            self._store.forget()  # before anybody is told that it is gone
+            removals[0].is_followed = self._wants_upkeep()
+
     def _name(self, transaction: Transaction, keys: Sequence[int], identity: str | None) -> None:
         """Say whom tracklets show, commit, and have memory follow."""
         transaction.name(keys, identity)
@@ -460,9 +480,12 @@ class EmbeddedGallery:
         """Erase tracklets, commit, and have memory follow; see `index.store.Transaction.erase`."""
         transaction.erase(tracklets, at=at, identity=identity)
         with self._changing_memory(transaction.commit):
-            self._rows().remove([*tracklets])
-            if not self._rows().columns.alive:
-                self._derived = None
+            self._drop_rows([*tracklets])
+
+    def _drop_rows(self, keys: Sequence[int]) -> None:
+        self._rows().remove(keys)
+        if not self._rows().columns.alive:
+            self._derived = None
 
     def _tidy(self, *, at_once: bool = False) -> None:
         """After an erasure: free what it leaves on the disk and in memory. Never fails."""
@@ -527,7 +550,10 @@ class EmbeddedGallery:
         if self._stale:
             with self._memory.writing():
                 self._derived = None
-        derived = self._load()
+        try:
+            derived = self._load()
+        except DamagedGalleryError as error:  # that is one at opening
+            raise GalleryUnavailableError(str(error)) from error
         with self._memory.writing():
             self._derived, self._stale = derived, False
 
@@ -545,11 +571,14 @@ class EmbeddedGallery:
         return derived
 
     def _save_if_due(self) -> None:
-        if time.monotonic() < self._saves_from or self._derived is None:
-            return
-        most_unsaved = self._derived.columns.alive // 10
-        if self._derived.unsaved > most_unsaved or not self._store.saved.exists:
+        if self._is_saving_due():
             self._save()
+
+    def _is_saving_due(self) -> bool:
+        derived = self._derived
+        if derived is None or not derived.can_be_saved or time.monotonic() < self._saves_from:
+            return False
+        return derived.unsaved > derived.columns.alive // 10 or not self._store.saved.exists
 
     def _save(self) -> None:
         """Save the index, if it is worth it and has changed. Never fails; searches go on."""
@@ -568,6 +597,20 @@ class EmbeddedGallery:
             return Derived.load(self._store, self._plan, calls=self._calls)
         except (RuntimeError, MemoryError) as error:  # FAISS's own
             raise GalleryUnavailableError(f"cannot build the index: {error}") from error
+
+    def _keep_up(self) -> None:
+        """See `_upkeep`; for one who has been answered already."""
+        with self._writes:
+            if not self._closed and not self._stale:
+                self._upkeep()
+
+    def _wants_upkeep(self) -> bool:
+        derived = self._derived
+        return derived is not None and (
+            derived.is_sparse
+            or self._plan.wants_training(derived.vectors, derived.columns.alive)
+            or self._is_saving_due()
+        )
 
     def _upkeep(self) -> None:
         """Train anew, free the memory of removed rows, or save, when it is time. Never fails."""
@@ -597,8 +640,8 @@ class EmbeddedGallery:
         if self._closed:
             raise GalleryUnavailableError("the gallery is closed")
 
-    def _check_enrolments(self, enrolments: Sequence[Enrolment]) -> int:
-        """Refuse what does not fit the gallery or itself; returns the dimension."""
+    def _check_enrolments(self, enrolments: Sequence[Enrolment]) -> None:
+        """Refuse what does not fit itself, or the gallery as it is now."""
         derived = self._derived
         first = enrolments[0]
         expected_model = first.record.model if derived is None else derived.model
@@ -611,7 +654,52 @@ class EmbeddedGallery:
             raise DuplicateTrackletError(f"twice in the same call: {', '.join(twice)}")
         if derived is None:
             self._plan.training_rows(dimension)  # raises if the index cannot be had in this size
-        return dimension
+
+
+_Addition = Change[Sequence[Enrolment], Sequence[int]]
+_Update = Change[tuple[str, Mapping[str, Any]], Stored]
+_Removal = Change[str, Stored]
+
+
+class _Inserting:
+    """Inserts enrolments of one model and size: the gallery's, or of the first that come.
+
+    Args:
+        derived: What memory holds before.
+    """
+
+    def __init__(self, derived: Derived | None) -> None:
+        self._expected = None if derived is None else (derived.model, derived.dimension)
+
+    def expected(self, first: Enrolment) -> tuple[str, int]:
+        """Of which model, and of how many numbers, embeddings have to be after a first one."""
+        return self._expected or (first.record.model, first.embedding.size)
+
+    def __call__(self, transaction: Transaction, enrolments: Sequence[Enrolment]) -> list[int]:
+        """Insert what one caller adds, which is of one model and size; returns the keys."""
+        first = enrolments[0]
+        model, dimension = self.expected(first)
+        _check_model(first.record.model, expected=model)
+        _check_size(first.embedding, dimension=dimension)
+        ids = [enrolment.record.tracklet_id for enrolment in enrolments]
+        if taken := transaction.taken(ids):
+            raise DuplicateTrackletError(f"already in the gallery: {', '.join(taken)}")
+        keys = [transaction.insert(enrolment) for enrolment in enrolments]
+        self._expected = (model, dimension)
+        return keys
+
+
+def _update(transaction: Transaction, asked: tuple[str, Mapping[str, Any]]) -> Stored:
+    tracklet_id, changes = asked
+    before = transaction.get(tracklet_id)
+    transaction.replace(Stored(before.key, replace(before.record, **changes)))
+    return transaction.get(tracklet_id)  # as it is read from now on: times in UTC
+
+
+def _remove(transaction: Transaction, tracklet_id: str, *, at: datetime) -> Stored:
+    before = transaction.get(tracklet_id)
+    transaction.erase({before.key: tracklet_id}, at=at)
+    return before
 
 
 def _rounded(enrolment: Enrolment, storage: Storage) -> Enrolment:
@@ -631,11 +719,15 @@ def _check_model(model: str, *, expected: str) -> None:
         raise ModelMismatchError(f"expected embeddings of the model {expected}, got {model}")
 
 
-def _check_embedding(embedding: Embeddings, *, dimension: int | None) -> None:
+def _check_size(embedding: Embeddings, *, dimension: int | None) -> None:
     shape, dtype = np.shape(embedding), getattr(embedding, "dtype", None)
     if dtype != np.float32 or len(shape) != 1 or shape[0] < 1 or dimension not in {None, shape[0]}:
         expected = f"({dimension},)" if dimension else "(D,)"
         raise InvalidEmbeddingError(f"expected {expected} float32, got {shape} {dtype}")
+
+
+def _check_embedding(embedding: Embeddings, *, dimension: int | None) -> None:
+    _check_size(embedding, dimension=dimension)
     # FAISS answers a NaN query with row -1, which Python reads as the last record.
     if not np.isfinite(embedding).all():
         raise InvalidEmbeddingError("expected finite numbers, got NaN or infinity")

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from index.calibration import Calibration
+from index.checksums import check_vectors
 from index.erasures import Erasure, Erasures
 from index.exchange import (
     EMBEDDINGS_NAME,
@@ -69,11 +70,12 @@ class _Content(NamedTuple):
         """All rows by key, some at a time."""
         strip = "strips.jpeg" if self.strips else "NULL"
         rows = self.connection.execute(
-            f"SELECT {RECORD}, vector, {strip} FROM tracklets JOIN embeddings USING (key) "  # noqa: S608
-            "LEFT JOIN strips USING (key) ORDER BY key"
+            f"SELECT {RECORD}, vector_checksum, vector, {strip} "  # noqa: S608
+            "FROM tracklets JOIN embeddings USING (key) LEFT JOIN strips USING (key) ORDER BY key"
         )
         done = 0
         while part := rows.fetchmany(_ROWS_AT_ONCE):
+            check_vectors((row[1], row[-3], row[-2]) for row in part)  # see `index.rows.RECORD`
             yield _Part(
                 [to_stored(row).record for row in part],
                 to_matrix([row[-2] for row in part]),

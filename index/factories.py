@@ -3,9 +3,13 @@
 A gallery filters by row inside the search, removes rows, and measures what is found again with the
 stored vectors. So it takes kinds that search with a selector, and in which a removed row can be
 taken out or left out; how roughly they keep vectors only decides what they find.
+
+How far a search looks is not part of FAISS's strings. It may follow one, after a semicolon:
+``IVF4096,SQ8;nprobe=256,candidates=2000``.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import faiss as _faiss
@@ -22,6 +26,65 @@ _KINDS = (
     "Flat, SQ, HNSW (with Flat, SQ or PQ) or IVF (with Flat, SQ, PQ or RaBitQ), perhaps behind "
     "PCA, OPQ or the like"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Breadth:
+    """How far an approximate search looks; None leaves it to the gallery.
+
+    Args:
+        nprobe: Into how many IVF lists.
+        ef_search: How many rows an HNSW search keeps in mind.
+        candidates: How many rows are named first, at least, to be measured as far as they matter.
+    """
+
+    nprobe: int | None = None
+    ef_search: int | None = None
+    candidates: int | None = None
+
+
+_BREADTHS = {"nprobe": "nprobe", "efSearch": "ef_search", "candidates": "candidates"}
+_GREATEST_BREADTH = 1_000_000
+
+
+def parse(text: str) -> tuple[str, Breadth]:
+    """Split what is said of an index into FAISS's factory string and how far to look.
+
+    Args:
+        text: A factory string, perhaps with ``;NAME=NUMBER,...`` after it.
+
+    Raises:
+        InvalidIndexError: What follows the semicolon is something else.
+    """
+    factory, semicolon, rest = text.partition(";")
+    found: dict[str, int] = {}
+    for part in rest.split(",") if semicolon else ():
+        name, _, value = (each.strip() for each in part.partition("="))
+        if name not in _BREADTHS or _BREADTHS[name] in found:
+            names = ", ".join(_BREADTHS)
+            raise InvalidIndexError(f"expected each of {names} at most once, got {part.strip()!r}")
+        is_number = value.isascii() and value.isdecimal() and len(value) < 8
+        if not is_number or not 1 <= int(value) <= _GREATEST_BREADTH:
+            message = f"expected {name} as a number of 1 to {_GREATEST_BREADTH}, got {value!r}"
+            raise InvalidIndexError(message)
+        found[_BREADTHS[name]] = int(value)
+    return factory.strip(), Breadth(**found)
+
+
+def check_breadth(made: Any, factory: str, breadth: Breadth) -> None:
+    """Refuse what an index cannot follow.
+
+    Raises:
+        InvalidIndexError: It has no lists, or fewer; or no graph.
+    """
+    inner = inner_of(made)
+    lists = inner.nlist if isinstance(inner, faiss.IndexIVF) else 0
+    if breadth.nprobe is not None and breadth.nprobe > lists:
+        raise InvalidIndexError(
+            f"expected nprobe of at most the {lists} IVF lists of {factory!r}, got {breadth.nprobe}"
+        )
+    if breadth.ef_search is not None and not isinstance(inner, faiss.IndexHNSW):
+        raise InvalidIndexError(f"expected efSearch with an HNSW index, got it with {factory!r}")
 
 
 def create(factory: str, dimension: int) -> Any:

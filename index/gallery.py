@@ -378,9 +378,6 @@ class Gallery(Protocol):
             StorageFullError: The disk is full.
         """
 
-    def next_expiry(self) -> datetime | None:
-        """The earliest ``expires_at``, aware UTC; None where no tracklet has one."""
-
     def calibration(self) -> "Calibration | None":
         """The calibration as it is now, whoever has set it; None where none is of its model."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+from index.checksums import SINCE_VERSION, check_all_vectors
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
 from index.schema import MIGRATIONS, damage_told, translated, version_of
 from index.vector_storage import Storage, dimension_of, storage_of
@@ -60,6 +61,8 @@ def inspect(path: Path) -> Facts:
         [verdict] = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise DamagedGalleryError(f"expected a sound gallery file, got: {verdict}")
+        if version >= SINCE_VERSION:
+            check_all_vectors(connection)
         return facts_of(connection, version)
 
 

@@ -32,9 +32,9 @@ from index.recognition import inspect
 from index.saved import SavedIndex
 from index.schema import translated
 from index.snapshot import check_model
-from index.store import FILE_NAME, LOCK_NAME, Store
+from index.store import FILE_NAME, LOCK_NAME, RESTORING_NAME, Store
 
-WORK_NAME = "passerby.restoring"
+WORK_NAME = RESTORING_NAME
 REPLACED_NAME = "passerby.replaced-"
 # What SQLite keeps beside a file, and would apply to another one of that name.
 _COMPANIONS = tuple(f"{FILE_NAME}-{kind}" for kind in ("wal", "shm", "journal"))

@@ -5,14 +5,17 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
+from index.checksums import checksum_of
 from index.gallery import (
     DamagedGalleryError,
     GalleryUnavailableError,
     StorageFullError,
 )
+from index.intact import APPLICATION_ID as APPLICATION_ID  # imported from here, like others
+from index.intact import check_recognised
 
-APPLICATION_ID = 0x50415353  # "PASS", in the header of every file of ours
 BUSY_TIMEOUT_MS = 5000
 
 _log = logging.getLogger(__name__)
@@ -82,6 +85,16 @@ MIGRATIONS: tuple[str, ...] = (
         frame_distance REAL NOT NULL
     );
     """,
+    """
+    ALTER TABLE tracklets ADD COLUMN vector_checksum INTEGER;  -- see index/checksums.py
+    UPDATE tracklets SET vector_checksum = checksum_of(
+        tracklet_id, (SELECT vector FROM embeddings WHERE embeddings.key = tracklets.key)
+    );
+    ALTER TABLE succeeding_embeddings ADD COLUMN checksum INTEGER;
+    UPDATE succeeding_embeddings SET checksum = checksum_of(
+        (SELECT tracklet_id FROM tracklets WHERE tracklets.key = succeeding_embeddings.key), vector
+    );
+    """,
 )
 
 
@@ -99,7 +112,7 @@ def translated(doing: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if _code(error) == sqlite3.SQLITE_FULL:
+        if _is_full(error):
             raise StorageFullError(f"cannot {doing}: the disk is full") from error
         raise GalleryUnavailableError(f"cannot {doing}: {error}") from error
 
@@ -137,6 +150,7 @@ def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.C
     connection = _connect(path)
     try:
         with damage_told(), translated("open the gallery"):
+            connection.create_function("checksum_of", 2, checksum_of, deterministic=True)
             if not _is_blank(connection):
                 version_of(connection, newest=len(migrations))
             if not _is_shrinkable(connection):  # to say it again would be a write
@@ -149,10 +163,33 @@ def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.C
             connection.execute("PRAGMA secure_delete = ON")
             _migrate(connection, migrations)
             _make_shrinkable(connection)
+            # What a part of a transaction may have to be undone with, else in a temporary file. Not
+            # before: VACUUM makes a temporary copy of everything.
+            connection.execute("PRAGMA temp_store = MEMORY")
     except BaseException:
-        connection.close()
+        close_as_it_is(connection, path)
         raise
     return connection
+
+
+def close_as_it_is(connection: sqlite3.Connection, path: Path) -> None:
+    """Close the only connection to a file, but leave the write-ahead log to whoever mends it.
+
+    SQLite takes in and removes the log when the last connection is closed. It cannot if that may
+    only read.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    if not log.exists() or not log.stat().st_size:
+        connection.close()
+        return
+    address = f"file:{quote(str(path.absolute()))}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as last:
+        try:
+            last.execute("BEGIN")
+            last.execute("PRAGMA user_version").fetchone()  # begins to read; no table is looked at
+        except sqlite3.Error as error:
+            _log.warning("the log of a refused gallery may be lost: %s", error)
+        connection.close()
 
 
 def open_guest(path: Path, version: int = len(MIGRATIONS)) -> sqlite3.Connection:
@@ -169,6 +206,7 @@ def open_guest(path: Path, version: int = len(MIGRATIONS)) -> sqlite3.Connection
     """
     if not path.is_file():
         raise GalleryUnavailableError("expected a gallery in the directory, got none")
+    check_recognised(path)
     connection = _connect(path)
     try:
         with damage_told(), translated("open the gallery"):
@@ -263,6 +301,13 @@ def _make_shrinkable(connection: sqlite3.Connection) -> None:
 def _is_shrinkable(connection: sqlite3.Connection) -> bool:
     [kind] = connection.execute("PRAGMA auto_vacuum").fetchone()
     return bool(kind)
+
+
+def _is_full(error: sqlite3.Error) -> bool:
+    # Where the file that connections share cannot be made longer, SQLite does not say why. There is
+    # hardly another reason than that the disk is full: it has just been made.
+    extended = getattr(error, "sqlite_errorcode", None)
+    return _code(error) == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_SHMSIZE
 
 
 def _code(error: sqlite3.Error) -> int | None:

@@ -3,12 +3,12 @@
 import json
 import logging
 import os
+import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from index import identities
-from index.calibration import Calibration
-from index.erasures import Erasure, Erasures, Kind, digest
+from index.checksums import check_vectors
+from index.erasures import Erasures
 from index.gallery import (
-    DamagedGalleryError,
     Embeddings,
     Enrolment,
     Filters,
@@ -27,53 +26,39 @@ from index.gallery import (
     IdentitySummary,
     NotFoundError,
 )
+from index.intact import check_intact
 from index.locks import DirectoryLock
 from index.probe import WriteProbe
-from index.properties import (
-    Name,
-    erasure_salt,
-    read_property,
-    replace_calibration,
-    replace_property,
-    stored_as,
-)
+from index.properties import Name, read_property, replace_property, stored_as
 from index.recognition import content_of
-from index.rows import (
-    PLACES,
-    RECORD,
-    Stored,
-    from_microseconds,
-    to_microseconds,
-    to_row,
-    to_stored,
-    where,
-)
+from index.rows import RECORD, Stored, to_microseconds, to_stored, where
 from index.saved import FILE_NAME as INDEX_NAME
 from index.saved import SavedIndex
 from index.schema import (
     BUSY_TIMEOUT_MS,
     MIGRATIONS,
+    close_as_it_is,
     damage_told,
     open_reader,
     open_writer,
     translated,
 )
 from index.scrub import UnknownLayoutError, scrub
-from index.vector_storage import (
-    Storage,
-    StorageMismatchError,
-    dimension_of,
-    to_blob,
-)
-from index.vector_storage import to_matrix as to_matrix  # is imported from here, too
+from index.transaction import Transaction as Transaction  # these three are imported from here, too
+from index.transaction import no_tracklet, read_stored
+from index.transaction import read_erasures as read_erasures
+from index.vector_storage import Storage, StorageMismatchError, dimension_of
+from index.vector_storage import to_matrix as to_matrix
 
 FILE_NAME = "passerby.sqlite3"
 LOCK_NAME = "passerby.lock"
+RESTORING_NAME = "passerby.restoring"  # where `index.restore` works; it holds the same lock
 
 _log = logging.getLogger(__name__)
-_HEADER_BYTES, _LOG_HEADER_BYTES = 100, 32  # of SQLite's files
 # Vectors of a sample are read so many at a time.
 _ROWS_AT_ONCE = 2048
+# Checksums are compared so many at a time where `check` asks, which is every second or so: 1 ms.
+_CHECKED_AT_ONCE = 64
 # Fewer free pages (4 KiB each) are not given back: the next enrolments take them.
 _FEW_FREE_PAGES = 256
 # So many are given back at a time: searches go on meanwhile, but no write does.
@@ -130,159 +115,6 @@ class Described(NamedTuple):
     start_times: Sequence[int | None]
 
 
-class Outline(NamedTuple):
-    """What decides whether a tracklet was erased, see `index.erasures.Erasable`."""
-
-    tracklet_id: str
-    identity: str | None
-    created_at: datetime
-
-
-class Transaction:
-    """Changes that happen together at `commit`, or not at all."""
-
-    def __init__(self, connection: sqlite3.Connection, storage: Storage = "float32") -> None:
-        self._connection = connection
-        self._storage = storage
-        self.has_erased = False
-
-    def taken(self, tracklet_ids: Iterable[str]) -> list[str]:
-        """Those of the ids that are in use, sorted."""
-        rows = self._connection.execute(
-            "SELECT tracklet_id FROM tracklets "
-            "WHERE tracklet_id IN (SELECT value FROM json_each(?)) ORDER BY tracklet_id",
-            [json.dumps(list(tracklet_ids))],
-        )
-        return [tracklet_id for (tracklet_id,) in rows.fetchall()]
-
-    def get(self, tracklet_id: str) -> Stored:
-        """A record as it is before the commit.
-
-        Raises:
-            NotFoundError: No tracklet has this id.
-        """
-        return _get(self._connection, tracklet_id)
-
-    def insert(self, enrolment: Enrolment) -> int:
-        """Add a tracklet; returns its key.
-
-        Raises:
-            InvalidEmbeddingError: See `index.vector_storage.to_blob`.
-        """
-        cursor = self._connection.execute(
-            f"INSERT INTO tracklets ({RECORD}) VALUES ({PLACES})",  # noqa: S608
-            (None, *to_row(enrolment.record)),
-        )
-        key = cursor.lastrowid
-        vector = to_blob(enrolment.embedding, self._storage)
-        self._connection.execute("INSERT INTO embeddings VALUES (?, ?)", (key, vector))
-        if enrolment.strip is not None:
-            self._connection.execute("INSERT INTO strips VALUES (?, ?)", (key, enrolment.strip))
-        self._connection.executemany(
-            "INSERT INTO frames VALUES (?, ?, ?)",
-            ((key, position, content) for position, content in enumerate(enrolment.frames)),
-        )
-        return int(key or 0)
-
-    def replace(self, stored: Stored) -> None:
-        """Write a record over the one with its key."""
-        self._connection.execute(
-            f"UPDATE tracklets SET ({RECORD}) = ({PLACES}) WHERE key = ?",  # noqa: S608
-            (stored.key, *to_row(stored.record), stored.key),
-        )
-
-    def identity(self, name: str) -> IdentitySummary:
-        """What is known of an identity before the commit.
-
-        Raises:
-            NotFoundError: No tracklet shows it.
-        """
-        return identities.summary(self._connection, name)
-
-    def has_identity(self, name: str) -> bool:
-        """Whether any tracklet shows an identity."""
-        return identities.exists(self._connection, name)
-
-    def of_identity(self, name: str) -> dict[int, str]:
-        """The ids of an identity's tracklets, by key, in the order of enrolment.
-
-        Raises:
-            NotFoundError: No tracklet shows it.
-        """
-        query = "SELECT key, tracklet_id FROM tracklets WHERE identity = ? ORDER BY key"
-        if found := dict(self._connection.execute(query, (name,)).fetchall()):
-            return found
-        raise NotFoundError("no tracklet shows this identity")
-
-    def shown(self, tracklet_ids: Iterable[str]) -> dict[str, tuple[int, str | None]]:
-        """The key and the identity of those of the ids that are in use."""
-        rows = self._connection.execute(
-            "SELECT tracklet_id, key, identity FROM tracklets "
-            "WHERE tracklet_id IN (SELECT value FROM json_each(?))",
-            [json.dumps(list(tracklet_ids))],
-        )
-        return {tracklet_id: (key, identity) for tracklet_id, key, identity in rows.fetchall()}
-
-    def outlines(self) -> Iterator[tuple[int, Outline]]:
-        """What decides whether a tracklet was erased, of all of them, with their keys."""
-        query = "SELECT key, tracklet_id, identity, created_at FROM tracklets ORDER BY key"
-        for key, tracklet_id, identity, created_at in self._connection.execute(query):
-            yield key, Outline(tracklet_id, identity, from_microseconds(created_at))
-
-    def name(self, keys: Sequence[int], identity: str | None) -> None:
-        """Say whom tracklets show."""
-        self._connection.execute(
-            "UPDATE tracklets SET identity = ? WHERE key IN (SELECT value FROM json_each(?))",
-            (identity, json.dumps(keys)),
-        )
-
-    def erase(
-        self, tracklets: Mapping[int, str], *, at: datetime, identity: str | None = None
-    ) -> None:
-        """Erase tracklets with all that hangs on them, and enter that in the ledger.
-
-        Args:
-            tracklets: Their ids by key.
-            at: When, aware.
-            identity: The one that is erased with them, if it is.
-        """
-        self.has_erased = True
-        salt = erasure_salt(self._connection)
-        erased: list[tuple[Kind, str]] = [("tracklet", each) for each in tracklets.values()]
-        if identity is not None:
-            erased.append(("identity", identity))
-        self.enter(Erasure(digest(salt, kind, name), kind, at, salt) for kind, name in erased)
-        self._connection.execute(
-            "DELETE FROM tracklets WHERE key IN (SELECT value FROM json_each(?))",
-            [json.dumps(list(tracklets))],
-        )
-
-    def enter(self, erasures: Iterable[Erasure]) -> None:
-        """Add entries to the ledger; where one is there already, the later counts."""
-        self._connection.executemany(
-            "INSERT INTO erasures (digest, kind, erased_at, salt) VALUES (?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET erased_at = max(erased_at, excluded.erased_at)",
-            ((one.digest, one.kind, to_microseconds(one.erased_at), one.salt) for one in erasures),
-        )
-
-    def erasures(self) -> Erasures:
-        """The ledger before the commit."""
-        return read_erasures(self._connection)
-
-    def replace_calibration(self, calibration: Calibration | None) -> None:
-        """See `index.properties.replace_calibration`."""
-        replace_calibration(self._connection, calibration)
-
-    def replace_property(self, name: Name, value: str) -> None:
-        """Keep a text under a name, in the place of the last."""
-        replace_property(self._connection, name, value)
-
-    def commit(self) -> None:
-        """Make the changes durable and visible."""
-        with translated("write the gallery"):
-            self._connection.execute("COMMIT")
-
-
 class Store:
     """One gallery directory: a writing connection, and as many reading ones as are needed at once.
 
@@ -316,7 +148,7 @@ class Store:
             raise GalleryUnavailableError(message) from error
         self._lock = DirectoryLock(directory / LOCK_NAME)
         try:
-            _check_not_lost(directory)
+            check_intact(self._path, INDEX_NAME)
             self._file = _open(self._path)
         except BaseException:
             self._lock.release()
@@ -329,7 +161,7 @@ class Store:
                     self.storage = _settle_storage(self._writer, storage)
                 self._probe = WriteProbe(directory)
             except BaseException:
-                self._writer.close()
+                close_as_it_is(self._writer, self._path)
                 raise
         except BaseException:
             os.close(self._file)
@@ -338,17 +170,27 @@ class Store:
         # Whether the files may hold traces of what was erased: who opened them last may have died.
         self._has_traces = True
         self._scrubs_from = 0.0
+        self._checked_until = 0  # a key
         self.saved = SavedIndex(directory)
         self._is_saved_outdated = False
         self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         self._closed = False
+        # Of a restore that was killed: embeddings of people who may have been erased since.
+        shutil.rmtree(directory / RESTORING_NAME, ignore_errors=True)
 
-    def close(self) -> None:
-        """Release the file. Reads that have begun may end; new ones are refused."""
+    def close(self, *, as_it_is: bool = False) -> None:
+        """Release the file. Reads that have begun may end; new ones are refused.
+
+        Args:
+            as_it_is: Leave the write-ahead log where it is: the gallery is refused.
+        """
         self._closed = True
         try:
             self._close_idle_readers()
-            self._writer.close()
+            if as_it_is:
+                close_as_it_is(self._writer, self._path)
+            else:
+                self._writer.close()
         finally:
             os.close(self._file)  # last, see `index.scrub.scrub`
             self._lock.release()
@@ -442,16 +284,26 @@ class Store:
             NotFoundError: No tracklet has this id.
         """
         with self._reading() as connection:
-            return _get(connection, tracklet_id)
+            return read_stored(connection, tracklet_id)
 
     def embedding(self, tracklet_id: str) -> Embeddings:
-        """A (D,) float32 embedding by id.
+        """An embedding by id, (D,) float32.
 
         Raises:
             NotFoundError: No tracklet has this id.
+            GalleryUnavailableError: It is not as it was stored.
         """
-        blob = self._blob(tracklet_id, "SELECT vector FROM embeddings WHERE key = ?")
-        return to_matrix([blob]).reshape(-1)
+        query = (
+            "SELECT tracklet_id, vector_checksum, vector FROM tracklets JOIN embeddings USING (key)"
+            " WHERE tracklet_id = ?"
+        )
+        with self._reading() as connection:
+            row = connection.execute(query, (tracklet_id,)).fetchone()
+        if row is None:
+            raise no_tracklet(tracklet_id)
+        check_vectors([row], GalleryUnavailableError)
+        embedding: Embeddings = to_matrix([row[-1]])[0]
+        return embedding
 
     def strip(self, tracklet_id: str) -> bytes:
         """JPEG bytes by id.
@@ -468,7 +320,7 @@ class Store:
             NotFoundError: No tracklet has this id, or none were kept for it.
         """
         with self._reading() as connection:
-            key = _get(connection, tracklet_id).key
+            key = read_stored(connection, tracklet_id).key
             query = "SELECT content FROM frames WHERE key = ? ORDER BY position"
             rows = connection.execute(query, (key,)).fetchall()
         if not rows:
@@ -502,13 +354,6 @@ class Store:
             rows = connection.execute(f"{query} LIMIT ?", (now, enrolled, limit))
             return dict(rows.fetchall())
 
-    def next_expiry(self) -> datetime | None:
-        """The earliest ``expires_at``, aware UTC; None where no tracklet has one."""
-        query = "SELECT min(expires_at) FROM tracklets WHERE expires_at IS NOT NULL"
-        with self._reading() as connection:
-            row: tuple[int | None] = connection.execute(query).fetchone()
-        return from_microseconds(row[0])
-
     def property(self, name: Name) -> str | None:
         """What is kept under a name, or None."""
         with self._reading() as connection:
@@ -539,14 +384,14 @@ class Store:
             return [key for (key,) in rows.fetchall()]
 
     def rows(self, keys: Sequence[int], *, vectors: bool) -> dict[int, tuple[Any, ...]]:
-        """What is stored, by key: the values of `index.rows.RECORD`, and the vector's bytes.
+        """What is stored, by key: the values of `index.rows.RECORD`.
 
         Args:
             keys: Which; those that do not exist are left out.
-            vectors: Whether to read the vectors; else there are no such bytes.
+            vectors: Whether to read the vector's checksum and its bytes, too; they come last.
         """
         source = "tracklets JOIN embeddings USING (key)" if vectors else "tracklets"
-        columns = f"{RECORD}, vector" if vectors else RECORD
+        columns = f"{RECORD}, vector_checksum, vector" if vectors else RECORD
         query = f"SELECT {columns} FROM {source} WHERE key IN (SELECT value FROM json_each(?))"  # noqa: S608
         with self._reading() as connection:
             found = connection.execute(query, [json.dumps(keys)]).fetchall()
@@ -554,6 +399,8 @@ class Store:
 
     def sample(self, count: int) -> Embeddings:
         """Embeddings drawn at random, (at most ``count``, D) float32; the same every time.
+
+        Nobody has compared their checksums: `chunks` does, and then all is read.
 
         Raises:
             ValueError: There are none, or none are wanted.
@@ -566,7 +413,7 @@ class Store:
         made: Embeddings | None = None  # filled in place: in parts it would be held twice
         for start in range(0, len(drawn), _ROWS_AT_ONCE):
             part = drawn[start : start + _ROWS_AT_ONCE]
-            vectors = to_matrix(self._vectors(part.tolist()))
+            vectors = self.vectors(part.tolist())
             if made is None:
                 made = np.empty((len(drawn), vectors.shape[1]), dtype=np.float32)
             made[start : start + len(part)] = vectors
@@ -574,11 +421,20 @@ class Store:
             raise ValueError("expected rows to draw from, got none")
         return made
 
-    def _vectors(self, keys: Sequence[int]) -> list[bytes]:
-        query = "SELECT vector FROM embeddings WHERE key IN (SELECT value FROM json_each(?)) "
+    def vectors(self, keys: Sequence[int]) -> Embeddings:
+        """Embeddings by key, (n, D) float32, n >= 1, in the order of the keys.
+
+        Many are read for each answer, so their checksums are left to who shows one to somebody.
+
+        Raises:
+            NotFoundError: A key is not there, or twice.
+        """
+        query = "SELECT key, vector FROM embeddings WHERE key IN (SELECT value FROM json_each(?))"
         with self._reading() as connection:
-            rows = connection.execute(f"{query} ORDER BY key", [json.dumps(keys)]).fetchall()
-        return [vector for (vector,) in rows]
+            found = dict(connection.execute(query, [json.dumps(keys)]).fetchall())
+        if len(found) < len(keys):
+            raise NotFoundError(f"expected {len(keys)} embeddings, got {len(found)}")
+        return to_matrix([found[key] for key in keys])
 
     def content(self) -> Content:
         """How much there is, and of what.
@@ -612,14 +468,21 @@ class Store:
             after = found[-1][0]
 
     def chunks(self, rows: int, *, after: int = 0) -> Iterator[Chunk]:
-        """Everything with a key greater than one, by key, ``rows`` at a time."""
+        """Everything with a key greater than one, by key, ``rows`` at a time.
+
+        Raises:
+            DamagedGalleryError: An embedding is not as it was stored.
+        """
         while found := self._chunk(after, rows):
-            keys, identities, cameras, start_times, blobs = zip(*found, strict=True)
+            keys, identities, cameras, start_times, ids, sums, blobs = zip(*found, strict=True)
+            check_vectors(zip(ids, sums, blobs, strict=True))
             yield Chunk(keys, identities, cameras, start_times, to_matrix(blobs))
             after = keys[-1]
 
     def check(self) -> None:
         """Return when the file is where it was and can be read, and its directory be written.
+
+        Each call also compares the checksums of the next few embeddings with them.
 
         Raises:
             StorageFullError: The disk is full.
@@ -635,19 +498,34 @@ class Store:
             raise GalleryUnavailableError("another file has taken the place of the gallery's")
         with self._reading() as connection:
             connection.execute("SELECT key FROM tracklets LIMIT 1").fetchall()
+        self._check_some_vectors()
         self._probe.check()
+
+    def _check_some_vectors(self) -> None:
+        """Compare the checksums of the next few; whoever asks often has all of them compared.
+
+        A damaged one is met again by each call, until it is gone.
+        """
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT key, tracklet_id, vector_checksum, vector FROM tracklets "
+                "JOIN embeddings USING (key) WHERE key > ? ORDER BY key LIMIT ?",
+                (self._checked_until, _CHECKED_AT_ONCE),
+            ).fetchall()
+        check_vectors((row[1:] for row in rows), GalleryUnavailableError)
+        self._checked_until = rows[-1][0] if rows else 0
 
     def _chunk(self, after: int, rows: int) -> list[Any]:
         with self._reading() as connection:
             return connection.execute(
-                "SELECT key, identity, camera, start_time, vector FROM tracklets "
-                "JOIN embeddings USING (key) WHERE key > ? ORDER BY key LIMIT ?",
+                "SELECT key, identity, camera, start_time, tracklet_id, vector_checksum, vector "
+                "FROM tracklets JOIN embeddings USING (key) WHERE key > ? ORDER BY key LIMIT ?",
                 (after, rows),
             ).fetchall()
 
     def _blob(self, tracklet_id: str, query: str) -> bytes:
         with self._reading() as connection:
-            key = _get(connection, tracklet_id).key
+            key = read_stored(connection, tracklet_id).key
             row = connection.execute(query, (key,)).fetchone()
         if row is None:
             raise _nothing_kept(tracklet_id)
@@ -691,31 +569,6 @@ def _settle_storage(connection: sqlite3.Connection, wanted: Storage | None) -> S
     return wanted
 
 
-def _check_not_lost(directory: Path) -> None:
-    """Refuse to begin anew where a gallery's other files say that there was one.
-
-    SQLite would make an empty one, which begins by removing their content.
-
-    Raises:
-        DamagedGalleryError: The store is gone, or was emptied.
-    """
-    if _size(directory / FILE_NAME) >= _HEADER_BYTES:
-        return
-    for left in (f"{FILE_NAME}-wal", INDEX_NAME):
-        if _size(directory / left) > _LOG_HEADER_BYTES:
-            raise DamagedGalleryError(
-                f"expected {FILE_NAME} beside {left}, got none or an empty one: it was deleted or "
-                "emptied. Restore a snapshot, or remove the other files to begin anew"
-            )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # whoever opens it tells
-        return 0
-
-
 def _open(path: Path) -> int:
     """Make the file, for its owner only, if it is missing; returns a descriptor of it."""
     try:
@@ -725,26 +578,5 @@ def _open(path: Path) -> int:
         raise GalleryUnavailableError(message) from error
 
 
-def read_erasures(connection: sqlite3.Connection) -> Erasures:
-    """The ledger of a gallery's file of version 2 or newer."""
-    rows = connection.execute("SELECT digest, kind, erased_at, salt FROM erasures").fetchall()
-    return Erasures(
-        tuple(
-            Erasure(digested, kind, from_microseconds(erased_at), salt)
-            for digested, kind, erased_at, salt in rows
-        )
-    )
-
-
 def _nothing_kept(tracklet_id: str) -> NotFoundError:
     return NotFoundError(f"nothing of this kind is kept for {tracklet_id}")
-
-
-def _get(connection: sqlite3.Connection, tracklet_id: str) -> Stored:
-    row = connection.execute(
-        f"SELECT {RECORD} FROM tracklets WHERE tracklet_id = ?",  # noqa: S608
-        (tracklet_id,),
-    ).fetchone()
-    if row is None:
-        raise NotFoundError(f"no tracklet has the id {tracklet_id}")
-    return to_stored(row)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from index.checksums import checksum_of
 from index.gallery import Embeddings, GalleryError, GalleryUnavailableError
 from index.locks import DirectoryLock
 from index.properties import stored_as
@@ -137,10 +138,12 @@ def keep(directory: Path, model: str, embeddings: Sequence[NextEmbedding]) -> No
         raise ValueError("expected finite embeddings, got NaN or infinity")
     with _guest(directory) as connection, translated("write the gallery"):
         storage = stored_as(connection)
+        connection.create_function("checksum_of", 2, checksum_of, deterministic=True)
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany(
             "INSERT OR REPLACE INTO succeeding_embeddings "
-            "SELECT key, ?, ?, ? FROM tracklets WHERE key = ?",
+            "(key, model, vector, frame_distance, checksum) "
+            "SELECT key, ?1, ?2, ?3, checksum_of(tracklet_id, ?2) FROM tracklets WHERE key = ?4",
             [
                 (model, to_blob(one.embedding, storage), one.frame_distance, one.key)
                 for one in embeddings
@@ -200,7 +203,9 @@ def _change(connection: sqlite3.Connection, model: str) -> int:
         "WHERE s.key = embeddings.key)"
     )
     connection.execute(
-        "UPDATE tracklets SET model = ?, quality = json_set(quality, '$.frame_distance', "
+        "UPDATE tracklets SET model = ?, vector_checksum = "
+        "(SELECT checksum FROM succeeding_embeddings AS s WHERE s.key = tracklets.key), "
+        "quality = json_set(quality, '$.frame_distance', "
         "(SELECT round(frame_distance, 4) FROM succeeding_embeddings AS s "
         "WHERE s.key = tracklets.key))",
         (model,),

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.gallery_people import MOST_TRACKLETS, People
+from bench.gallery_people import MODEL, MOST_TRACKLETS, People
 from bench.gallery_sizes import TOP_K, lists_for, write_store
+from index.embedded import EmbeddedGallery
 
 
 def test_drawn_people_have_1_to_50_tracklets_and_lie_apart_as_real_ones_do() -> None:
@@ -55,3 +56,26 @@ def test_right_are_the_nearest_people_from_other_cameras(tmp_path: Path) -> None
 def test_lists_are_few_enough_to_be_trained(tracklets: int, lists: int) -> None:
     assert lists_for(tracklets) == lists
     assert 39 * lists <= tracklets
+
+
+@pytest.mark.parametrize("index", ["PCA64,IVF64,SQ8", "IVF64,RaBitQ4", "HNSW16,SQfp16"])
+def test_what_is_found_approximately_is_nearly_everybody_at_exact_distances(
+    tmp_path: Path, index: str
+) -> None:
+    """As an index looks where nobody says how far."""
+    people = People(4000, 128)
+    asked = write_store(tmp_path / "gallery", people, "float32", 25)
+    stored = np.concatenate([block.vectors for block in people.blocks()])
+
+    hits = 0
+    with EmbeddedGallery(tmp_path / "gallery", index=index) as gallery:
+        for number, query in enumerate(asked.vectors):
+            found = gallery.search(query, model=MODEL, top_k=TOP_K, filters=asked.filters(number))
+            for match in found.matches:
+                row = int(match.record.tracklet_id.rpartition("-")[2])
+                exact = np.linalg.norm(stored[row].astype(np.float64) - query)
+                assert match.distance == pytest.approx(exact, rel=1e-7)
+            names = {match.record.identity for match in found.matches}
+            hits += len(names & {f"person-{each}" for each in asked.right[number]})
+
+    assert hits >= 0.99 * TOP_K * 25

@@ -332,8 +332,6 @@ class GalleryMachine(RuleBasedStateMachine):
         due = {each for each, kept in self.held.items() if is_due(kept.record)}
         assert set(self.gallery.expire(now, retention)) == due
         self.forget(due, at=now)
-        expiries = [each.record.expires_at for each in self.held.values()]
-        assert self.gallery.next_expiry() == min(filter(None, expiries), default=None)
 
     @rule(
         gone=st.lists(st.tuples(st.just("tracklet"), tracklet_ids), max_size=3),

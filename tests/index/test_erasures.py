@@ -405,7 +405,6 @@ def test_a_gallery_of_version_1_opens_with_all_that_it_held(directory: Path) -> 
         assert gallery.strip("t8") == b"jpeg"
         assert gallery.counts().tracklets == 50
         assert gallery.identity("p1").tracklets == 8
-        assert gallery.next_expiry() is None
 
 
 def test_a_gallery_of_version_1_learns_to_shrink(directory: Path) -> None:

@@ -107,7 +107,6 @@ def test_an_export_comes_back_as_it_was(full: Path, folder: Path) -> None:
             "strips": [gallery.strip(f"t{row}") for row in (0, 1, 2, 3, 5)],
             "identities": gallery.identities(limit=100).items,
             "calibration": gallery.calibration(),
-            "next_expiry": gallery.next_expiry(),
         }
         for record in records:
             with pytest.raises(NotFoundError):

@@ -31,7 +31,6 @@ def test_what_expires_is_erased_at_its_time_and_not_before(
     assert gallery.expire(NOON) == ("a",)
     assert gallery.expire(NOON) == ()
 
-    assert gallery.next_expiry() == NOON + MINUTE
     assert [each.tracklet_id for each in gallery.list(Filters(), limit=9).records] == ["b", "c"]
 
 
@@ -57,9 +56,7 @@ def test_expiry_survives_a_restart(directory: Path, enrol: Enrol) -> None:
 
     with EmbeddedGallery(directory) as gallery:
         assert gallery.get("a").expires_at == NOON
-        assert gallery.next_expiry() == NOON
         assert gallery.expire(NOON + MINUTE) == ("a", "b")
-        assert gallery.next_expiry() is None
 
 
 def test_an_expiry_can_be_put_off_and_taken_back(gallery: EmbeddedGallery, enrol: Enrol) -> None:

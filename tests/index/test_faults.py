@@ -128,6 +128,38 @@ def test_a_full_disk_refuses_each_write_as_a_whole_and_all_goes_on_when_there_is
     assert run_python(FULL, str(tmp_path), within=own_mounts) == "done\n"
 
 
+NEARLY_FULL = """
+from index.exporting import export_gallery
+from index.snapshot import snapshot
+
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", directory], check=True)
+store = directory / "gallery"
+with EmbeddedGallery(store) as gallery:
+    gallery.add([make_enrolment(f"t{n}", [n] * 512, strip=b"x" * 4000) for n in range(100)])
+taken = sum(path.stat().st_blocks * 512 for path in [directory, *directory.rglob("*")])
+for pages in (4, 8, 12, 30):  # that are left; the file that connections share takes eight
+    size = taken + pages * 4096
+    subprocess.run(["mount", "-o", f"remount,size={size}", directory], check=True)
+    for make, name in ((snapshot, "saved"), (export_gallery, "exported")):
+        with pytest.raises(StorageFullError):
+            make(store, directory / name)
+    if pages == 4:
+        with pytest.raises(StorageFullError):
+            EmbeddedGallery(store)
+assert sorted(path.name for path in directory.iterdir()) == ["gallery"]
+subprocess.run(["mount", "-o", "remount,size=20m", directory], check=True)
+with EmbeddedGallery(store) as gallery:
+    assert len(found(gallery)) == 100
+print("done")
+"""
+
+
+def test_a_disk_that_is_too_full_to_read_a_gallery_or_copy_it_is_told_as_full(
+    tmp_path: Path, own_mounts: tuple[str, ...]
+) -> None:
+    assert run_python(NEARLY_FULL, str(tmp_path), within=own_mounts) == "done\n"
+
+
 FILLING = """
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", directory], check=True)
 store = directory / "gallery"

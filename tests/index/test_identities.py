@@ -366,7 +366,6 @@ def test_quality_is_kept_and_cannot_be_changed(gallery: EmbeddedGallery, enrol: 
         lambda gallery: gallery.remove_identity("anna"),
         lambda gallery: gallery.frames("x"),
         lambda gallery: gallery.expire(NOON),
-        lambda gallery: gallery.next_expiry(),
         lambda gallery: gallery.calibration(),
         lambda gallery: gallery.set_calibration(None),
         lambda gallery: gallery.erasures(),

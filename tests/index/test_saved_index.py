@@ -93,8 +93,17 @@ def test_a_saved_index_is_used_at_the_next_opening(closed: Path, vectors: Embedd
         assert_whole(gallery, vectors, ALL)
 
 
+@pytest.mark.usefixtures("no_training")
+def test_how_far_to_look_may_change_without_a_new_index(closed: Path, vectors: Embeddings) -> None:
+    with EmbeddedGallery(closed, index=f"{FACTORY};nprobe=2") as gallery:
+        assert gallery._derived is not None
+        assert gallery._derived.vectors._inner.nprobe == 2
+        assert nearest(gallery, vectors[3]) == "t3"
+
+
 @pytest.mark.parametrize(
-    "factory", ["HNSW8", "HNSW8,SQfp16", "IVF4,SQ8", "IVF4,RaBitQ", "PCA4,IVF4,Flat"]
+    "factory",
+    ["HNSW8", "HNSW8,SQfp16", "IVF4,SQ8", "IVF4,RaBitQ", "PCA4,IVF4,Flat", "PCA4,IVF4,SQ8"],
 )
 def test_every_slow_kind_comes_back_with_the_same_answers(
     directory: Path,
@@ -538,6 +547,22 @@ def test_an_index_that_was_made_at_opening_is_saved_at_once(
     with EmbeddedGallery(closed, index=FACTORY) as gallery:
         assert_whole(gallery, vectors, ALL)
     assert "anew" not in caplog.text
+
+
+def test_making_an_index_is_told(
+    closed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that trains takes minutes where there are many; somebody may be waiting."""
+    monkeypatch.setattr("index.derived._TELLING_PAUSE_S", -1.0)
+    caplog.set_level(logging.INFO, "index.derived")
+    (closed / FILE_NAME).unlink()
+
+    EmbeddedGallery(closed, index=FACTORY).close()
+
+    began, trained, indexed = [record.getMessage() for record in caplog.records]
+    assert began == f"training the index with {ROWS} of {ROWS} tracklets"
+    assert trained.startswith("trained the index in ")
+    assert indexed == f"indexed {ROWS} of {ROWS} tracklets"
 
 
 @pytest.mark.parametrize("seed", range(3))

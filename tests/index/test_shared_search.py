@@ -546,8 +546,11 @@ class ExpandedSource:
     def groups(self, rows: Rows) -> Rows:
         return self._groups[rows]
 
-    def fetch(self, rows: Rows) -> tuple[Sequence[str], Embeddings]:
-        return [f"t{row:04d}" for row in rows.tolist()], self._index.vectors(rows)
+    def vectors(self, rows: Rows) -> Embeddings:
+        return self._index.vectors(rows)
+
+    def tracklet_ids(self, rows: Rows) -> Sequence[str]:
+        return [f"t{row:04d}" for row in rows.tolist()]
 
 
 @settings(max_examples=150, deadline=None)

@@ -107,7 +107,6 @@ def everything(directory: Path) -> dict[str, Any]:
             "frames": [gallery.frames(one.tracklet_id) for one in records],
             "identities": gallery.identities(limit=100).items,
             "calibration": gallery.calibration(),
-            "next_expiry": gallery.next_expiry(),
         }
 
 

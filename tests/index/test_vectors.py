@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from index.embedded import EmbeddedGallery
 from index.gallery import Embeddings, Filters, InvalidIndexError
-from index.vectors import Allowed, IndexPlan, VectorIndex
+from index.vectors import Allowed, IndexPlan, VectorIndex, lists_to_search
 from tests.index.conftest import Enrol, make_enrolment
 
 DIMENSION = 8
@@ -33,6 +33,7 @@ KINDS = [
     "RR,IVF16,RaBitQ",
     "PCA6,Flat",
     "PCA6,IVF8,Flat",
+    "PCA6,IVF16,SQ8",
     "PCA6,HNSW16",
     "IVF16_HNSW8,Flat",
 ]
@@ -216,13 +217,77 @@ def test_asked_for_more_than_there_is_it_gives_what_there_is(factory: str) -> No
 
 def test_an_ivf_search_looks_further_where_few_take_part(vectors: Embeddings) -> None:
     """Eight lists of 64 would hold an eighth of them."""
-    index = IndexPlan("IVF64,Flat").build(DIMENSION, vectors)
+    index = IndexPlan("IVF64,Flat;nprobe=8").build(DIMENSION, vectors)
     index.add(np.arange(ROWS), vectors)
     few = np.arange(ROWS) % 26 == 3
 
     [found] = index.search(vectors[:1], 100, Allowed(few))
 
     assert sorted(found.rows) == np.flatnonzero(few).tolist()
+
+
+@pytest.mark.parametrize(
+    ("lists", "searched"), [(16, 16), (64, 48), (512, 136), (1024, 192), (4096, 384)]
+)
+def test_of_more_lists_a_smaller_part_is_searched(lists: int, searched: int) -> None:
+    assert lists_to_search(lists) == searched
+
+
+def test_a_factory_string_may_say_how_far_to_look(vectors: Embeddings) -> None:
+    ivf = IndexPlan("IVF16,Flat; nprobe=3, candidates=700").build(DIMENSION, vectors)
+    hnsw = IndexPlan("HNSW8;efSearch=99").build(DIMENSION, None)
+
+    assert ivf._inner.nprobe == 3
+    assert [ivf.to_name(64), ivf.to_name(900)] == [700, 900]
+    assert hnsw._inner.hnsw.efSearch == 99
+
+
+def test_a_search_that_looks_further_finds_more(vectors: Embeddings) -> None:
+    everyone = Allowed(np.ones(ROWS, dtype=np.bool_))
+    right = {}
+    for nprobe in (1, 4, 16):
+        index = IndexPlan(f"IVF16,Flat;nprobe={nprobe}").build(DIMENSION, vectors)
+        index.add(np.arange(ROWS), vectors)
+        found = index.search(vectors[:50] * 0.5, 10, everyone)
+        expected = [slow_nearest(vectors, each * 0.5, np.arange(ROWS), 10) for each in vectors[:50]]
+        names = [{f"t{row}" for row in one.rows} for one in found]
+        right[nprobe] = sum(len(a & b.keys()) for a, b in zip(names, expected, strict=True))
+
+    assert right[1] < right[4] < right[16] == 500
+
+
+def test_nobody_allowed_is_nobody_found(vectors: Embeddings) -> None:
+    index = IndexPlan("IVF16,Flat").build(DIMENSION, vectors)
+    index.add(np.arange(ROWS), vectors)
+
+    [found] = index.search(vectors[:1], 10, Allowed(np.zeros(ROWS, dtype=np.bool_)))
+
+    assert (len(found.rows), found.horizon) == (0, np.inf)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "IVF16,Flat;",
+        "IVF16,Flat;nprobe",
+        "IVF16,Flat;nprobe=0",
+        "IVF16,Flat;nprobe=17",
+        "IVF16,Flat;nprobe=-1",
+        "IVF16,Flat;nprobe=٣",
+        "IVF16,Flat;nprobe=2,nprobe=3",
+        "IVF16,Flat;ef_search=16",
+        "IVF16,Flat;efSearch=16",
+        "IVF16,Flat;candidates=1000001",
+        "HNSW8;nprobe=1",
+        "Flat;nprobe=1",
+        ";nprobe=1",
+    ],
+)
+def test_looking_as_no_index_can_is_refused_at_opening(directory: Path, index: str) -> None:
+    with pytest.raises(InvalidIndexError, match=r"expected|FAISS"):
+        EmbeddedGallery(directory, index=index)
+
+    EmbeddedGallery(directory).close()
 
 
 @pytest.mark.parametrize(("factory", "left"), [("Flat", [2.0**63, 0]), ("SQfp16", [0, 0])])

@@ -1,0 +1,369 @@
+"""A stored embedding that is not what was stored is never loaded, answered with, or passed on."""
+
+import re
+import shutil
+import sqlite3
+import zlib
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index.checksums import checksum_of
+from index.embedded import EmbeddedGallery
+from index.exporting import export_gallery
+from index.gallery import DamagedGalleryError, Filters, GalleryUnavailableError, NotFoundError
+from index.mending import erase_stored
+from index.restore import restore
+from index.schema import APPLICATION_ID, MIGRATIONS
+from index.snapshot import snapshot
+from index.store import FILE_NAME, RESTORING_NAME, Store
+from index.succession import NextEmbedding, keep, take_over
+from index.vector_storage import Storage, to_blob
+from tests.index.conftest import Enrol, make_enrolment
+
+NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
+ROWS, DIMENSION = 60, 64
+REFUSAL = "expected the embedding of the tracklet t7 as it was stored"
+
+
+def filled(directory: Path, *, index: str = "Flat", storage: Storage = "float32") -> None:
+    rng = np.random.default_rng(0)
+    with EmbeddedGallery(directory, index=index, storage=storage) as gallery:
+        gallery.add(
+            [
+                make_enrolment(
+                    f"t{row}",
+                    rng.integers(-99, 99, DIMENSION).tolist(),
+                    identity=f"p{row % 9}",
+                    created_at=NOON,
+                )
+                for row in range(ROWS)
+            ]
+        )
+
+
+@pytest.fixture
+def full(directory: Path) -> Path:
+    """A gallery's directory; t0 to t59 are in it, and nobody has it open."""
+    filled(directory)
+    return directory
+
+
+def run_sql(directory: Path, script: str, *values: object) -> None:
+    with closing(sqlite3.connect(directory / FILE_NAME, isolation_level=None)) as connection:
+        connection.execute(script, values)
+
+
+def spoil(directory: Path, tracklet_id: str = "t7") -> None:
+    """Change one number of a stored embedding, as a disk might."""
+    with closing(sqlite3.connect(directory / FILE_NAME, isolation_level=None)) as connection:
+        [key, vector] = connection.execute(
+            "SELECT key, vector FROM tracklets JOIN embeddings USING (key) WHERE tracklet_id = ?",
+            (tracklet_id,),
+        ).fetchone()
+        changed = vector[:5] + bytes([vector[5] ^ 1]) + vector[6:]
+        connection.execute("UPDATE embeddings SET vector = ? WHERE key = ?", (changed, key))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """All but what is made at each opening, and says nothing."""
+    left_out = ("-shm", ".lock")
+    return {
+        path.name: path.read_bytes()
+        for path in directory.iterdir()
+        if not path.name.endswith(left_out)
+    }
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_a_byte_that_flips_anywhere_in_an_embedding_is_told_by_name_and_nothing_changes(
+    directory: Path, storage: Storage
+) -> None:
+    filled(directory, storage=storage)
+    path = directory / FILE_NAME
+    with closing(sqlite3.connect(path)) as connection:
+        [vector] = connection.execute("SELECT vector FROM embeddings WHERE key = 8").fetchone()
+    sound = path.read_bytes()
+    [place] = [at for at in range(len(sound)) if sound.startswith(vector, at)]
+
+    for offset in range(0, len(vector), 9):
+        at = place + offset
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 4]) + sound[at + 1 :])
+        before = files(directory)
+
+        with pytest.raises(DamagedGalleryError, match=REFUSAL):
+            EmbeddedGallery(directory)
+
+        assert files(directory) == before
+    path.write_bytes(sound)
+    EmbeddedGallery(directory).close()
+
+
+def test_a_refusal_leaves_the_write_ahead_log_where_it_is(full: Path) -> None:
+    """As a kill left it: it may hold what somebody wants who mends the rest."""
+    spoil(full)
+    killed = full.with_name("killed")
+    store = Store(full)
+    with store.transaction() as transaction:
+        transaction.insert(make_enrolment("new", [1] * DIMENSION))
+        transaction.commit()
+    shutil.copytree(full, killed)
+    store.close()
+    before = files(killed)
+    assert before[f"{FILE_NAME}-wal"]
+
+    for _ in range(2):
+        with pytest.raises(DamagedGalleryError, match=REFUSAL):
+            EmbeddedGallery(killed)
+        assert files(killed) == before
+
+    erase_stored(killed, "t7")
+    with EmbeddedGallery(killed) as gallery:
+        assert gallery.counts().tracklets == ROWS
+        assert gallery.embedding("new").tolist() == [1] * DIMENSION
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "UPDATE tracklets SET vector_checksum = vector_checksum + 1 WHERE tracklet_id = 't7'",
+        "UPDATE tracklets SET vector_checksum = NULL WHERE tracklet_id = 't7'",
+        "UPDATE embeddings SET vector = (SELECT max(vector) FROM embeddings) WHERE key = 8",
+        "UPDATE embeddings SET vector = CAST(vector AS TEXT) WHERE key = 8",
+    ],
+)
+def test_an_embedding_of_another_tracklet_and_one_without_a_checksum_are_damage(
+    full: Path, script: str
+) -> None:
+    run_sql(full, script)
+
+    with pytest.raises(DamagedGalleryError, match=r"t7 as it was stored|one model and size"):
+        EmbeddedGallery(full)
+
+
+def test_an_index_is_not_trained_with_a_damaged_embedding(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.factories._LEAST_TRAINING_ROWS", 40)
+    filled(directory)
+    spoil(directory)
+
+    with pytest.raises(DamagedGalleryError, match=REFUSAL):
+        EmbeddedGallery(directory, index="IVF1,Flat")
+
+
+def test_a_damaged_embedding_is_in_no_answer_of_an_index_that_was_saved_before(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a start reads no embeddings; those of an answer are compared with their checksums."""
+    monkeypatch.setattr("index.factories._LEAST_TRAINING_ROWS", 40)
+    monkeypatch.setattr("index.derived._FEW_ROWS", 0)
+    filled(directory, index="IVF1,Flat")
+    with EmbeddedGallery(directory, index="IVF1,Flat") as gallery:
+        near, far = gallery.embedding("t7"), gallery.embedding("t8")
+    spoil(directory)
+
+    with EmbeddedGallery(directory, index="IVF1,Flat") as gallery:
+        found = gallery.search(far, model="trsa-test", top_k=1, group_by="tracklet")
+        assert [match.record.tracklet_id for match in found.matches] == ["t8"]
+        with pytest.raises(GalleryUnavailableError, match=REFUSAL):
+            gallery.search(near, model="trsa-test", top_k=1, group_by="tracklet")
+        gallery.remove("t7")
+        found = gallery.search(near, model="trsa-test", top_k=500, group_by="tracklet")
+        assert len(found.matches) == ROWS - 1
+
+
+def test_a_damaged_embedding_is_not_given(full: Path) -> None:
+    with EmbeddedGallery(full) as gallery:
+        spoil(full)
+
+        with pytest.raises(GalleryUnavailableError, match=REFUSAL):
+            gallery.embedding("t7")
+        with pytest.raises(NotFoundError):
+            gallery.embedding("nobody")
+        assert gallery.embedding("t8").shape == (DIMENSION,)
+
+
+def outcome_of(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except GalleryUnavailableError as error:
+        [told] = re.findall(r"\w+ as it was stored", str(error))
+        return str(told)
+    return None
+
+
+def test_checks_find_each_damaged_embedding_in_time_and_are_content_once_it_is_erased(
+    full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.store._CHECKED_AT_ONCE", 20)
+    with EmbeddedGallery(full) as gallery:
+        for _ in range(7):
+            gallery.check()
+        spoil(full, "t50")
+
+        outcomes = [outcome_of(gallery.check) for _ in range(9)]
+        assert outcomes[-5:] == ["t50 as it was stored"] * 5  # by then, and from then on
+
+        gallery.remove("t50")
+        for _ in range(7):
+            gallery.check()
+
+
+def test_neither_a_snapshot_nor_an_export_passes_a_damaged_embedding_on(full: Path) -> None:
+    spoil(full)
+    makers: list[Callable[[Path], object]] = [
+        lambda target: snapshot(full, target),
+        lambda target: export_gallery(full, target),
+    ]
+
+    for number, make in enumerate(makers):
+        target = full.parent / f"made{number}"
+        with pytest.raises(DamagedGalleryError, match=REFUSAL):
+            make(target)
+        assert not target.exists()
+
+
+def test_whatever_changes_beside_an_embedding_leaves_its_checksum_right(full: Path) -> None:
+    with EmbeddedGallery(full) as gallery:
+        gallery.update("t7", {"identity": "p1", "metadata": {"a": [1]}})
+        gallery.rename_identity("p1", "p99")
+        gallery.assign(["t8", "t9"], "p99")
+        gallery.remove("t3")
+    snapshot(full, full.parent / "saved")
+    restore(full.parent / "saved", full.parent / "restored")
+
+    for directory in (full, full.parent / "restored"):
+        with EmbeddedGallery(directory) as gallery:
+            assert gallery.counts().tracklets == ROWS - 1
+            gallery.check()
+
+
+def test_a_gallery_passes_to_another_model_with_the_checksums_of_the_new_embeddings(
+    full: Path,
+) -> None:
+    rng = np.random.default_rng(1)
+    new = rng.normal(size=(ROWS, 16)).astype(np.float32)
+    made = [NextEmbedding(row + 1, embedding, 0.1) for row, embedding in enumerate(new)]
+    keep(full, "trsa-next", made)
+    take_over(full, "trsa-next")
+
+    with EmbeddedGallery(full) as gallery:
+        assert gallery.model == "trsa-next"
+        assert np.array_equal(gallery.embedding("t7"), new[7])
+
+
+def test_an_embedding_that_is_damaged_while_it_is_put_aside_is_found_when_it_has_taken_over(
+    full: Path,
+) -> None:
+    made = [NextEmbedding(row + 1, np.ones(16, np.float32), 0.1) for row in range(ROWS)]
+    keep(full, "trsa-next", made)
+    damaged = np.zeros(16, np.float32).tobytes()
+    run_sql(full, "UPDATE succeeding_embeddings SET vector = ? WHERE key = 8", damaged)
+    take_over(full, "trsa-next")
+
+    with pytest.raises(DamagedGalleryError, match=REFUSAL):
+        EmbeddedGallery(full)
+
+
+def test_a_damaged_tracklet_can_be_erased_without_opening_the_gallery(full: Path) -> None:
+    spoil(full)
+
+    erased = erase_stored(full, "t7", clock=lambda: NOON)
+
+    assert erased.tracklet_id == "t7"
+    with EmbeddedGallery(full) as gallery:
+        assert len(gallery.list(Filters(), limit=100).records) == ROWS - 1
+        assert len(gallery.erasures().entries) == 1
+        with pytest.raises(GalleryUnavailableError, match="already open"):
+            erase_stored(full, "t8")
+    with pytest.raises(NotFoundError):
+        erase_stored(full, "t7")
+    with pytest.raises(GalleryUnavailableError, match="got no"):
+        erase_stored(full.parent / "elsewhere", "t7")
+    assert not (full.parent / "elsewhere").exists()
+
+
+def make_gallery_of_version_3(directory: Path, storage: Storage) -> dict[str, bytes]:
+    """As the version before checksums wrote it; returns the embeddings' bytes by id."""
+    directory.mkdir()
+    rng = np.random.default_rng(0)
+    vectors = {
+        f"t{row}-\u00e9": to_blob(rng.integers(-9, 9, 32).astype(np.float32), storage)
+        for row in range(1, 30)
+    }
+    with closing(sqlite3.connect(directory / FILE_NAME)) as connection:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.executescript("".join(MIGRATIONS[:3]))
+        connection.executescript(
+            f"PRAGMA user_version = 3; PRAGMA application_id = {APPLICATION_ID}"
+        )
+        connection.execute("INSERT INTO properties VALUES ('storage', ?)", (storage,))
+        for key, (name, vector) in enumerate(vectors.items(), start=1):
+            connection.execute(
+                "INSERT INTO tracklets VALUES (?, ?, ?, 'c1', NULL, NULL, '{}', 40, 15, "
+                "'trsa-test', 1795348800000000, 'content', NULL, NULL)",
+                (key, name, f"p{key % 5}"),
+            )
+            connection.execute("INSERT INTO embeddings VALUES (?, ?)", (key, vector))
+        connection.execute(
+            "INSERT INTO succeeding_embeddings VALUES (3, 'trsa-next', ?, 0.5)", (b"\0\0\x80?" * 4,)
+        )
+        connection.commit()
+    return vectors
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_a_gallery_of_version_3_gets_checksums_of_what_it_holds(
+    directory: Path, storage: Storage
+) -> None:
+    vectors = make_gallery_of_version_3(directory, storage)
+
+    with EmbeddedGallery(directory) as gallery:
+        records = gallery.list(Filters(), limit=100).records
+        found = {each.tracklet_id: gallery.embedding(each.tracklet_id) for each in records}
+
+    assert [*found] == [*vectors]
+    assert all(to_blob(found[name], storage) == vectors[name] for name in vectors)
+    with closing(sqlite3.connect(directory / FILE_NAME)) as connection:
+        rows = connection.execute("SELECT tracklet_id, vector_checksum FROM tracklets").fetchall()
+        aside = connection.execute("SELECT key, checksum FROM succeeding_embeddings").fetchall()
+    expected = {name: zlib.crc32(name.encode() + vector) for name, vector in vectors.items()}
+    assert dict(rows) == expected
+    assert aside == [(3, zlib.crc32("t3-\u00e9".encode() + b"\0\0\x80?" * 4))]
+    spoil(directory, "t4-\u00e9")
+    with pytest.raises(DamagedGalleryError, match="t4-\u00e9 as it was stored"):
+        EmbeddedGallery(directory)
+
+
+def test_a_snapshot_of_a_gallery_of_version_3_can_be_made_and_restored(directory: Path) -> None:
+    make_gallery_of_version_3(directory, "float32")
+    saved, restored = directory.parent / "saved", directory.parent / "restored"
+
+    snapshot(directory, saved)
+    restore(saved, restored)
+
+    with EmbeddedGallery(restored) as gallery:
+        assert gallery.counts().tracklets == 29
+
+
+def test_the_checksum_is_that_of_id_and_bytes_together() -> None:
+    assert checksum_of("123", b"456789") == 0xCBF43926  # the CRC-32 of "123456789", as published
+    assert checksum_of("123", None) is None
+    assert checksum_of(None, b"456789") is None
+
+
+def test_what_a_killed_restore_left_is_gone_when_the_gallery_is_opened(
+    full: Path, enrol: Enrol
+) -> None:
+    left = full / RESTORING_NAME
+    left.mkdir()
+    (left / FILE_NAME).write_bytes(b"embeddings of people")
+
+    with EmbeddedGallery(full) as gallery:
+        assert not left.exists()
+        gallery.add([enrol("new", [1] * DIMENSION)])
