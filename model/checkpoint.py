@@ -263,6 +263,35 @@ def without_people(provenance: Any) -> Any:
     )
 
 
+def trainings(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What provenance says of the data of every training of the weights, the last first.
+
+    A training on a mix counts as one on each of its parts.
+    """
+    found: list[Mapping[str, Any]] = []
+    said: Any = provenance
+    while isinstance(said, Mapping):
+        found += _trained_parts(said.get("data"))
+        said = said.get("start")
+    return found
+
+
+def _trained_parts(data: object) -> list[Mapping[str, Any]]:
+    """The data of one training; of a mix, those of each part."""
+    if not isinstance(data, Mapping):
+        return []
+    parts = data.get("parts")
+    if not isinstance(parts, list) or not parts:
+        return [data]
+    return [one for one in parts if isinstance(one, Mapping)]
+
+
+def trained_identities(data: Mapping[str, Any]) -> set[str]:
+    """Everybody in the data of one of the `trainings`, by the names that they have there."""
+    identities = data.get("train_identities")
+    return {str(one) for one in identities} if isinstance(identities, list) else set()
+
+
 def _preprocessing(values: dict[str, Any]) -> Preprocessing:
     values["mean"], values["std"] = tuple(values["mean"]), tuple(values["std"])
     return Preprocessing(**values)

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, trained_identities, trainings
 from model.datasets.findings import shorten
 from model.datasets.layouts import LAYOUTS
 from model.datasets.market1501 import DISTRACTOR, is_plain
@@ -158,12 +158,7 @@ class Subject:
 
         A training on a mix counts as one on each of its parts.
         """
-        found: list[Mapping[str, Any]] = []
-        said: Any = self.provenance
-        while isinstance(said, Mapping):
-            found += _trained_parts(said.get("data"))
-            said = said.get("start")
-        return found
+        return trainings(self.provenance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,22 +428,7 @@ def _known(
 
 def _trained_identities(subject: Subject, counts: Callable[[Mapping[str, Any]], bool]) -> set[str]:
     """Everybody in those of its trainings that count."""
-    return set().union(*(_identities(data) for data in filter(counts, subject.trainings)))
-
-
-def _trained_parts(data: object) -> list[Mapping[str, Any]]:
-    """The data of one training; of a mix, those of each part."""
-    if not isinstance(data, Mapping):
-        return []
-    parts = data.get("parts")
-    if not isinstance(parts, list) or not parts:
-        return [data]
-    return [one for one in parts if isinstance(one, Mapping)]
-
-
-def _identities(data: Mapping[str, Any]) -> set[str]:
-    identities = data.get("train_identities")
-    return {str(one) for one in identities} if isinstance(identities, list) else set()
+    return set().union(*map(trained_identities, filter(counts, subject.trainings)))
 
 
 def _subject(path: Path, name: str, *, is_run: bool) -> Subject:
@@ -480,7 +460,7 @@ def _choose_splits(task: EvaluationTask) -> list[Split]:
 def _own_split(subject: Subject, dataset: Dataset) -> Split:
     """The split that a run was trained on; its training identities must be the very same."""
     name, source = subject.data.get("split"), subject.data.get("source")
-    trained = _identities(subject.data)
+    trained = trained_identities(subject.data)
     for split in dataset.splits:
         identities = {one.identity for one in split.train}
         if (split.name, split.source, identities) == (name, source, trained):
