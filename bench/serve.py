@@ -49,7 +49,7 @@ from model.frames import Clip, read_clip
 from service.limits import PlainLimits
 from service.server import choose_checkpoint
 from service.settings import LimitSettings
-from service.uploads import FrameChoice, decode
+from service.uploads import FrameChoice, decode, decode_upload
 
 PARTS = ("bare", "free", "single")
 SIZES = ((64, 128), (256, 512))  # width and height of a frame, pixels
@@ -194,7 +194,7 @@ def without_network(
 ) -> None:
     """Decoding alone, and the service whose embedder costs nothing, in turn."""
     settings = read_settings(arguments.set)
-    decoded, served = [], []
+    decoded, staged, served = [], [], []
     with serving(
         folder / f"data-{size}", folder / f"{size}.log", weights=FREE, settings=settings
     ) as server:
@@ -203,20 +203,29 @@ def without_network(
         send(seconds=1.0)
         for _ in range(arguments.rounds):
             decoded.append(decode_alone(uploads, arguments.seconds))
+            staged.append(decode_alone(uploads, arguments.seconds, whole_stage=True))
             time.sleep(_PAUSE_S)
             served.append(ask(server, partial(send, seconds=arguments.seconds)))
     print(f"\nWithout a network: 15 JPEGs of {size}, rounds of {arguments.seconds:g} s\n")
     print_sides("decoding alone", decoded, served)
+    print()
+    print_sides("decoding, digest and quality", staged, served)
 
 
-def decode_alone(uploads: Uploads, seconds: float) -> Round:
-    """Decode in a process a core, which do nothing else."""
+def decode_alone(uploads: Uploads, seconds: float, *, whole_stage: bool = False) -> Round:
+    """Decode in a process a core, which do nothing else.
+
+    Args:
+        uploads: What to decode, again and again.
+        seconds: How long.
+        whole_stage: With all that a decoder of the service makes of an upload.
+    """
     cores = len(os.sched_getaffinity(0))
     paths = [[str(path) for path in one.frames] for one in uploads.tracklets]
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(cores)
     with context.Pool(cores, _remember, (barrier,)) as pool:
-        shares = pool.starmap(_decode_for, [(paths, seconds)] * cores, chunksize=1)
+        shares = pool.starmap(_decode_for, [(paths, seconds, whole_stage)] * cores, chunksize=1)
     count = sum(one[0] for one in shares)
     return Round(sum(one[0] / one[1] for one in shares), sum(one[2] for one in shares) / count)
 
@@ -229,16 +238,25 @@ def _remember(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _decode_for(paths: Sequence[Sequence[str]], seconds: float) -> tuple[int, float, float]:
+def _decode_for(
+    paths: Sequence[Sequence[str]], seconds: float, whole_stage: bool
+) -> tuple[int, float, float]:
     """Decode again and again; returns how many, and seconds of wall and of processor."""
     tracklets = [[Path(path).read_bytes() for path in one] for one in paths]
     choice = FrameChoice(15, "even", FreeEmbedder.preprocessing)
     limits = PlainLimits.of(LimitSettings())
-    decode("frames", tracklets[0], choice, limits)
+
+    def work(frames: list[bytes]) -> None:
+        if whole_stage:
+            decode_upload({"frames": frames}, choice, limits)
+        else:
+            decode("frames", frames, choice, limits)
+
+    work(tracklets[0])
     _barrier.wait()  # nobody has a core for himself while another process starts
     started, cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - started < seconds:
-        decode("frames", tracklets[count % len(tracklets)], choice, limits)
+        work(tracklets[count % len(tracklets)])
         count += 1
     return count, time.perf_counter() - started, time.process_time() - cpu
 

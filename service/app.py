@@ -5,18 +5,30 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from index.gallery import Gallery
 from service import problems
+from service.access import KeyMiddleware, RoleMiddleware, check_rule, describe_access
+from service.audit import Trail
+from service.auditing import AuditMiddleware
 from service.decoding import Decoders
 from service.expiry import sweep
+from service.headers import (
+    CORS_ANSWER_HEADERS,
+    CORS_METHODS,
+    CORS_REQUEST_HEADERS,
+    HeadersMiddleware,
+    page_policies,
+)
+from service.keys import KeyRing
 from service.metrics import Metrics
 from service.middleware import (
     BodyLimitMiddleware,
     DrainMiddleware,
-    KeyMiddleware,
     RequestMiddleware,
     SpareMiddleware,
 )
@@ -28,6 +40,7 @@ from service.routes import metrics as metrics_routes
 from service.routes import query as query_routes
 from service.routes import status as status_routes
 from service.settings import Settings
+from service.tracing import Tracing, TracingMiddleware
 from service.uploads import FrameChoice
 from service.worker import Embedder, EmbeddingWorker
 
@@ -40,7 +53,14 @@ ask who a tracklet shows. Identities come back ranked by Euclidean distance."""
 
 
 def create_app(
-    embedder: Embedder, gallery: Gallery, settings: Settings, decoders: Decoders | None = None
+    embedder: Embedder,
+    gallery: Gallery,
+    settings: Settings,
+    decoders: Decoders | None = None,
+    *,
+    keys: KeyRing | None = None,
+    trail: Trail | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """Make the application.
 
@@ -50,6 +70,9 @@ def create_app(
         settings: Limits, bounds and keys.
         decoders: Decode uploads; threads of this process where None. The app starts and closes
             them.
+        keys: Who may do what; those of the settings alone where None. The app follows them.
+        trail: Where the app tells who did what, and which it closes; nowhere where None.
+        tracing: Makes traces, and is closed by the app; nobody where None.
 
     Returns:
         An ASGI application, ready to be served by one process.
@@ -72,15 +95,26 @@ def create_app(
         searches=Slots(settings.limits.searches, "searches"),
         writes=Slots(settings.limits.writes, "writes"),
     )
-    metrics.watch(queue=parts.worker.count_waiting, counts=gallery.counts)
+    metrics.watch(
+        queue=parts.worker.count_waiting, counts=gallery.counts, data_dir=settings.data_dir
+    )
     app = FastAPI(
-        title="Passerby", version=version("passerby"), description=_DESCRIPTION, lifespan=_lifespan
+        title="Passerby",
+        version=version("passerby"),
+        description=_DESCRIPTION,
+        lifespan=_lifespan,
+        dependencies=[Depends(check_rule)],
     )
     app.state.parts = parts
-    app.state.readiness = Readiness(parts)
-    for routes in (gallery_routes, identity_routes, query_routes, status_routes, metrics_routes):
+    app.state.trail = trail
+    app.state.tracing = tracing
+    app.state.keys = keys = keys or KeyRing(given=settings.api_keys)
+    app.state.readiness = Readiness(parts, trail)
+    # Those that have least time first: each is looked for in this order.
+    for routes in (query_routes, gallery_routes, identity_routes, status_routes, metrics_routes):
         app.include_router(routes.router)
     problems.install(app)
+    _describe(app, keys)
     # The last one added is the outermost.
     limits = settings.limits
     app.add_middleware(
@@ -89,12 +123,36 @@ def create_app(
         other_bytes=8 * limits.metadata_bytes,
         limit_s=limits.upload_s,
     )
-    if settings.api_keys:
-        app.add_middleware(KeyMiddleware, keys=settings.api_keys)
+    app.add_middleware(RoleMiddleware)
+    app.add_middleware(AuditMiddleware, trail=trail)
+    app.add_middleware(KeyMiddleware, keys=keys, per_minute=settings.rate_limit)
     app.add_middleware(SpareMiddleware, limit=limits.connections)
     app.add_middleware(DrainMiddleware, limit_bytes=limits.request_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=CORS_REQUEST_HEADERS,
+            expose_headers=CORS_ANSWER_HEADERS,
+        )
+    if tracing is not None:
+        app.add_middleware(TracingMiddleware, tracing=tracing)
     app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_middleware(HeadersMiddleware, policies=page_policies(app))
     return app
+
+
+def _describe(app: FastAPI, keys: KeyRing) -> None:
+    """Have the app's description say who may do what; a first key may come while it runs."""
+    describe = app.openapi
+
+    def describe_with_access() -> dict[str, Any]:
+        schema = describe()
+        describe_access(schema, is_closed=keys.is_closed)
+        return schema
+
+    app.openapi = describe_with_access  # type: ignore[method-assign]
 
 
 def make_decoders(embedder: Embedder, settings: Settings, *, processes: int) -> Decoders:
@@ -120,11 +178,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     parts: Parts = app.state.parts
     parts.worker.start()
     await asyncio.to_thread(parts.decoders.start)
-    sweeping = asyncio.create_task(sweep(parts))
+    trail: Trail | None = app.state.trail
+    keys: KeyRing = app.state.keys
+    tasks = [asyncio.create_task(one) for one in (sweep(parts), keys.follow())]
+    if trail is not None:
+        tasks.append(asyncio.create_task(trail.follow()))
     try:
         yield
     finally:
-        sweeping.cancel()
+        for task in tasks:
+            task.cancel()
         # Not in the pool of threads that routes use: they may all wait for a disk that hangs.
         await asyncio.to_thread(parts.worker.close, parts.seconds_left())
         parts.decoders.close()
@@ -132,4 +195,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             pool.shutdown(wait=False, cancel_futures=True)
         app.state.readiness.close()
         await asyncio.to_thread(parts.gallery.close)
+        if trail is not None:
+            await asyncio.to_thread(trail.close)
+        tracing: Tracing | None = app.state.tracing
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         log.info("stopped")

@@ -1,10 +1,11 @@
 """The command that calibrates: labelled tracklets in, a threshold and what it does out."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 from index.bootstrap import Plan
 from index.calibration import Calibration, CalibrationCurves, CalibrationError, Per, calibrate
 from index.calibration_source import LabelledTracklets, read_labelled
+from model.checkpoint import trained_identities, trainings
 from model.datasets.folder import read_folder
 from model.frames import read_clip
 from service.calibration_picture import draw_calibration
@@ -106,6 +108,27 @@ def embed_folder(
     return LabelledTracklets(
         embeddings, identities, [one.camera for one in tracklets], embedder.model
     )
+
+
+def warn_of_taught(folder: Path, provenance: Mapping[str, Any], console: Console) -> None:
+    """Say how many people of a folder have names of people whom the weights were taught.
+
+    Args:
+        folder: See `calibrate_folder`.
+        provenance: Of the checkpoint.
+        console: Where to.
+
+    Raises:
+        DatasetError: The folder is not laid out like that.
+    """
+    taught = set().union(*map(trained_identities, trainings(provenance)))
+    people = {one.identity for one in read_folder(folder)}
+    if known := len(people & taught):
+        console.print(
+            f"warning: {known} of {len(people)} people have names that the weights were trained "
+            "with. If they are the same people, the threshold promises too much: calibrate on "
+            "others."
+        )
 
 
 def report(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.calibration import Calibration, CalibrationCurves
-from service.client import ClientError
+from service.figures import save_figure
 from service.loadtest_picture import BLUE, INK, ORANGE, RED, dress_axes
 
 if TYPE_CHECKING:
@@ -71,12 +71,7 @@ def draw_calibration(calibration: Calibration, curves: CalibrationCurves, path: 
         labelcolor=INK,
         fontsize=9,
     )
-    # No version of matplotlib in the file; other formats do not know the word.
-    metadata = {"Software": None} if path.suffix.lower() == ".png" else None
-    try:
-        figure.savefig(path, dpi=120, metadata=metadata)
-    except (OSError, ValueError) as error:  # the latter where the suffix names no format
-        raise ClientError(f"could not write the picture {path}: {error}") from error
+    save_figure(figure, path)
 
 
 def _draw_distances(axes: "Axes", calibration: Calibration, curves: CalibrationCurves) -> None:

@@ -16,6 +16,7 @@ from model import cli as model_commands
 from model.checkpoint import BUNDLED
 from model.errors import ModelError
 from service import gallery_cli as gallery_commands
+from service import keys_cli as keys_commands
 from service import moving as moving_commands
 from service.client import DEFAULT_SERVER, Client, ClientError, read_key, read_local
 from service.demo import run_demo
@@ -39,8 +40,10 @@ for _command in (
     *model_commands.app.registered_commands,
     *gallery_commands.app.registered_commands,
     *moving_commands.app.registered_commands,
+    *keys_commands.app.registered_commands,
 ):
     app.registered_commands.append(_command)
+app.add_typer(keys_commands.keys_app)
 _console = Console(stderr=True)
 _out = Console()
 

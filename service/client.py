@@ -169,14 +169,19 @@ def read_key(path: Path | None) -> str | None:
     """A key from a file; None where there is no file.
 
     Raises:
-        ClientError: It cannot be read.
+        ClientError: It cannot be read, or is no key: a header cannot carry it.
     """
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ClientError(f"could not read the key file {path}: {error.strerror}") from error
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ClientError(f"could not read the key file {path}: {reason}") from error
+    if not (key.isascii() and key.isprintable() and len(key.split()) == 1):
+        # What it holds is not repeated: it may be another secret.
+        raise ClientError(f"expected one key alone in the key file {path}, got something else")
+    return key
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:

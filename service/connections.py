@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from service.errors import InvalidRequestError, OverloadedError
+from service.hanging_up import HANG_UP_STATE, HangUp
 from service.logs import request_id
 from service.metrics import Metrics
 from service.middleware import SPARE_STATE, too_many_connections
@@ -118,6 +119,7 @@ class _BoundedProtocol(asyncio.Protocol):
     transport: asyncio.Transport
 
     _place: _Place | None = None
+    _hang_up: HangUp
     _clock: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None  # while an answer waits for its client
     _last_cycle: Any = None  # as `cycle` was when the last bytes had been read
@@ -127,13 +129,14 @@ class _BoundedProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Let a connection in, or turn it away (asyncio)."""
+        self._hang_up = HangUp()
         self._place = self.bounds.enter()
         if self._place is None:
             self.transport = transport
             self.bounds.turn_away(transport)
             return
-        if self._place is _Place.SPARE:
-            self.app_state = {**self.app_state, SPARE_STATE: True}
+        spare = {SPARE_STATE: True} if self._place is _Place.SPARE else {}
+        self.app_state = {**self.app_state, HANG_UP_STATE: self._hang_up, **spare}
         super().connection_made(transport)
         self._start_clock(self.bounds.head_s)
 
@@ -145,6 +148,7 @@ class _BoundedProtocol(asyncio.Protocol):
             self.bounds.leave(self._place)
             self._place = None
         super().connection_lost(exc)
+        self._hang_up.happen()
 
     def pause_writing(self) -> None:
         """Wait for a client to read, but not for ever (asyncio)."""

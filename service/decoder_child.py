@@ -19,16 +19,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.clip_memory import ClipMemory, Place
 from service.decoder_process import (
     ANSWER,
     BUFFERS,
     DECODED,
+    FAILED,
     LENGTH,
+    NOWHERE,
+    PLACE,
+    PLACED,
     POSITION,
     READY,
     REFUSED,
     drop_sent,
     pack_request,
+    place_bytes,
     receive,
     send_all,
 )
@@ -89,12 +95,14 @@ class DecoderChild:
     ) -> None:
         self._hello = hello
         self._frame_shape = (choice.preprocessing.height, choice.preprocessing.width, 3)
+        self._used = choice.used
         self._limits = limits
         self._limit_s = limit_s
         self._closing = closing
         self._lock = threading.Lock()  # held to start and to kill, which `close` does at any time
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._memory = _share_memory(place_bytes(choice))
         self._busy_since: float | None = None
 
     @property
@@ -134,7 +142,7 @@ class DecoderChild:
             if self._closing.is_set():
                 raise not_running()
             try:
-                self._process = _spawn(theirs)
+                self._process = _spawn(theirs, self._memory)
             except OSError as error:
                 raise _cannot_start(error.strerror or type(error).__name__) from error
             failing.pop_all()
@@ -175,11 +183,12 @@ class DecoderChild:
             ChildDiedError: The process did not survive it.
         """
         self._busy_since = time.monotonic()
+        place = self._memory.lend() if self._memory else None
         try:
             if not self.is_running():
                 await asyncio.to_thread(self.start)
             async with asyncio.timeout(self._limit_s) as limit:
-                return await self._ask(request)
+                return await self._ask(request, place)
         except TimeoutError as error:
             await asyncio.to_thread(self.end, 0)
             if not limit.expired():
@@ -195,16 +204,23 @@ class DecoderChild:
             self.end(wait_s=0)  # what else it says would pass for the answer to the next upload
             raise
         finally:
+            if place is not None:
+                place.give_back()  # the process has answered, or is no more
             self._busy_since = None
 
-    async def _ask(self, request: Sequence[bytes]) -> Decoded:
+    async def _ask(self, request: Sequence[bytes], place: Place | None) -> Decoded:
         connection = self._connection()
-        await _send(connection, request)
+        number = NOWHERE if place is None else place.number
+        await _send(connection, [PLACE.pack(number), *request])
         reader = _Reader(connection)
         try:
             kind, *counts = ANSWER.unpack((await _read(reader, ANSWER.size)).data)
             if kind == DECODED:
-                return await self._read_decoded(reader, *counts)
+                return await self._read_decoded(reader, None, *counts)
+            if kind == PLACED and place is not None:
+                return await self._read_decoded(reader, place, *counts)
+            if kind not in (REFUSED, FAILED):
+                raise ChildDiedError(f"it answered in a way of its own, {kind}")
             told = (await _read(reader, self._bounded(counts[2], _TOLD_BYTES))).tobytes()
         finally:
             reader.close()
@@ -213,6 +229,7 @@ class DecoderChild:
     async def _read_decoded(
         self,
         reader: "_Reader",
+        place: Place | None,
         used: int,
         received: int,
         length: int,
@@ -224,19 +241,24 @@ class DecoderChild:
         """Read the rest of an answer: clip, positions, strip and kept frames."""
         if not 0 < used <= self._limits.frames:
             raise ChildDiedError(f"it answered {used} frames")
+        if place is not None and used > self._used:
+            raise ChildDiedError(f"it answered {used} frames in a place for {self._used}")
         shape = (used, *self._frame_shape)
         clip_bytes = math.prod(shape)
-        strip_at = clip_bytes + used * POSITION.itemsize
+        sent_bytes = clip_bytes if place is None else 0
+        strip_at = sent_bytes + used * POSITION.itemsize
         frames_at = strip_at + strip_bytes + kept * LENGTH.itemsize
         if kept not in (0, used):
             raise ChildDiedError(f"it answered {kept} kept frames of {used}")
         # What frames are kept of a video is bounded like an upload.
         most = frames_at + (self._limits.request_bytes if kept else 0)
         rest = await _read(reader, self._bounded(length, most))
-        positions = rest[clip_bytes:strip_at].view(POSITION)
+        positions = rest[sent_bytes:strip_at].view(POSITION)
         seen = FrameQuality(*quality)
-        clip = rest[:clip_bytes].reshape(shape)
-        tracklet = DecodedTracklet(clip, tuple(positions.tolist()), received, seen.shortest_side)
+        pixels = rest[:clip_bytes] if place is None else place.read(clip_bytes)
+        tracklet = DecodedTracklet(
+            pixels.reshape(shape), tuple(positions.tolist()), received, seen.shortest_side
+        )
         strip = rest[strip_at : strip_at + strip_bytes].tobytes()
         frames = []
         for length in rest[strip_at + strip_bytes : frames_at].view(LENGTH).tolist():
@@ -360,15 +382,23 @@ def _bound_waits(connection: socket.socket, seconds: float) -> None:
         connection.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
-def _spawn(connection: socket.socket) -> "subprocess.Popen[bytes]":
+def _share_memory(place_bytes: int) -> ClipMemory | None:
+    try:
+        return ClipMemory(place_bytes)
+    except (AttributeError, OSError):  # no Linux, or no descriptor: clips travel
+        return None
+
+
+def _spawn(connection: socket.socket, memory: ClipMemory | None) -> "subprocess.Popen[bytes]":
     # A new interpreter: this one has threads, and a device's library, that no fork survives.
-    command = [sys.executable, "-P", *PROGRAM, str(connection.fileno())]
+    passed = [one.fileno() for one in (connection, memory) if one is not None]
+    command = [sys.executable, "-P", *PROGRAM, *map(str, passed)]
     kept = {name: value for name, value in os.environ.items() if not _is_setting(name)}
     path = os.pathsep.join([str(_ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     return subprocess.Popen(  # noqa: S603 our own command
         command,
         env={**kept, **_ENVIRONMENT, "PYTHONPATH": path},
-        pass_fds=[connection.fileno()],
+        pass_fds=passed,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # a Ctrl-C in a terminal is for this process alone

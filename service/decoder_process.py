@@ -1,14 +1,15 @@
 """A process that decodes uploads: one at a time, as `service.decoding` sends them over a socket.
 
-It runs as ``python -m service.decoder_process FD`` and imports no network and no web framework, so
-that it starts in a fraction of a second. What travels, in this order, numbers big-endian:
+It runs as ``python -m service.decoder_process FD [MEMORY]`` and imports no network and no web
+framework, so that it starts in a fraction of a second. What travels, in this order, numbers
+big-endian:
 
 - once: a `HELLO` of JSON with the choice of frames and the limits; the process answers `READY` when
   it can begin;
-- each upload: a `REQUEST`, a `FILE` for each of its files, then their bytes;
+- each upload: a `PLACE`, a `REQUEST`, a `FILE` for each of its files, then their bytes;
 - each answer: an `ANSWER`, then the bytes it counts: clip, positions, strip, lengths of kept frames
   and these; or a refusal's name, message and pointer as JSON; or the traceback of what should not
-  have happened.
+  have happened. A clip that is in its place of the memory (`service.clip_memory`) does not travel.
 
 The parent reads nothing but numbers, pixels and text of the lengths that it expects.
 """
@@ -28,20 +29,25 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.frames import Preprocessing
+from service.clip_memory import open_places, stack_into
 from service.errors import ServiceError
 from service.limits import FILE_FIELDS, PlainLimits
 from service.uploads import Decoded, FrameChoice, Keep, decode_upload
 
+Places = NDArray[np.uint8]  # (places, bytes)
 HELLO = struct.Struct(">I")  # bytes of JSON
 READY = b"\1"
+PLACE = struct.Struct(">i")  # of the memory; NOWHERE where the clip is to travel
+NOWHERE = -1
 REQUEST = struct.Struct(">BI")  # what to keep, of `service.uploads.Keep`; files
 FILE = struct.Struct(">BQ")  # which of FILE_FIELDS; bytes
 # Kind; frames used and received; bytes of the rest, and of the strip in it; how many frames are
 # kept; digest; shortest side, sharpness, brightness.
 ANSWER = struct.Struct(">BIIQII32sIdd")
-DECODED, REFUSED, FAILED = range(3)
+DECODED, PLACED, REFUSED, FAILED = range(4)
 POSITION = np.dtype(">u4")
 LENGTH = np.dtype(">u8")  # of a kept frame
 # What one call may hand to the kernel is bounded (IOV_MAX, 1024).
@@ -95,6 +101,16 @@ def pack_hello(choice: FrameChoice, limits: PlainLimits) -> bytes:
     return HELLO.pack(len(told)) + told
 
 
+def frame_bytes(choice: FrameChoice) -> int:
+    """Of one frame of a clip."""
+    return choice.preprocessing.height * choice.preprocessing.width * 3
+
+
+def place_bytes(choice: FrameChoice) -> int:
+    """Of a place in the memory; more frames than are chosen, as "all" may take, have none."""
+    return choice.used * frame_bytes(choice)
+
+
 def _read_hello(connection: socket.socket) -> tuple[FrameChoice, PlainLimits]:
     told = json.loads(receive(connection, *HELLO.unpack(receive(connection, HELLO.size))))
     preprocessing = told["choice"].pop("preprocessing")
@@ -122,16 +138,16 @@ def _read_request(connection: socket.socket) -> tuple[dict[str, list[bytes]], Ke
     return files, Keep(kept)
 
 
-def _pack_answer(decoded: Decoded) -> list[bytes | memoryview]:
+def _pack_answer(decoded: Decoded, *, placed: bool) -> list[bytes | memoryview]:
     tracklet = decoded.tracklet
     strip = decoded.strip or b""
     positions = np.array(tracklet.positions, dtype=POSITION).tobytes()
     lengths = np.array([len(one) for one in decoded.frames], dtype=LENGTH).tobytes()
-    pixels = tracklet.clip.data.cast("B")
+    pixels = b"" if placed else tracklet.clip.data.cast("B")
     rest: list[bytes | memoryview] = [pixels, positions, strip, lengths, *decoded.frames]
     length = sum(map(len, rest))
     head = ANSWER.pack(
-        DECODED,
+        PLACED if placed else DECODED,
         len(tracklet.clip),
         tracklet.received,
         length,
@@ -149,10 +165,17 @@ def _pack_error(kind: int, told: str) -> list[bytes | memoryview]:
 
 
 def _answer(
-    files: dict[str, list[bytes]], choice: FrameChoice, limits: PlainLimits, keep: Keep
+    files: dict[str, list[bytes]],
+    choice: FrameChoice,
+    limits: PlainLimits,
+    keep: Keep,
+    place: NDArray[np.uint8] | None,
 ) -> list[bytes | memoryview]:
+    stack = np.stack if place is None else stack_into(place)
     try:
-        return _pack_answer(decode_upload(files, choice, limits, keep=keep))
+        decoded = decode_upload(files, choice, limits, keep=keep, stack=stack)
+        placed = place is not None and np.may_share_memory(decoded.tracklet.clip, place)
+        return _pack_answer(decoded, placed=placed)
     except ServiceError as error:
         refusal = [type(error).__name__, str(error), getattr(error, "pointer", "")]
         return _pack_error(REFUSED, json.dumps(refusal))
@@ -180,14 +203,17 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     with connection, suppress(EOFError, ConnectionError):
         choice, limits = _read_hello(connection)
+        places = open_places(int(sys.argv[2]), place_bytes(choice)) if sys.argv[2:] else None
         _keep_to_itself()
         gc.freeze()  # what is there now stays, and need not be looked through again
         connection.sendall(READY)
         while True:
+            (number,) = PLACE.unpack(receive(connection, PLACE.size))
+            place = None if places is None or number == NOWHERE else places[number]
             files, keep = _read_request(connection)
             # The parent ends what takes too long; this is for when the parent is gone itself.
             signal.setitimer(signal.ITIMER_REAL, ORPHAN_S)
-            answer = _answer(files, choice, limits, keep)
+            answer = _answer(files, choice, limits, keep, place)
             signal.setitimer(signal.ITIMER_REAL, 0)
             del files
             send_all(connection, answer)

@@ -12,7 +12,11 @@ class InvalidRequestError(ServiceError):
 
 
 class UnauthenticatedError(ServiceError):
-    """Raised when keys are configured and the request carries none of them."""
+    """Raised when the service has keys and the request carries none that opens it."""
+
+
+class ForbiddenError(ServiceError):
+    """Raised when a key's role does not reach as far as the request."""
 
 
 class ValidationError(ServiceError):
@@ -60,6 +64,10 @@ class OverloadedError(ServiceError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimitedError(OverloadedError):
+    """Raised when one key sends more requests than it may; the others go on."""
+
+
 class NotReadyError(ServiceError):
     """Raised by the readiness probe while a part does not answer."""
 
@@ -74,3 +82,17 @@ class WorkerUnavailableError(ServiceError):
 
 class DeadlineExceededError(ServiceError):
     """Raised when a request waited longer than its deadline."""
+
+
+class AuditUnavailableError(ServiceError):
+    """Raised when the audit trail cannot be written: nothing is done that it could not tell of."""
+
+    retry_after_s = 5
+
+
+class AuditError(ServiceError):
+    """Raised by a command, or at the start, when the audit trail cannot be made or read."""
+
+
+class KeysError(ServiceError):
+    """Raised by a command, or at the start, when keys cannot be read, made or revoked."""

@@ -14,7 +14,13 @@ from index.succession import abandon
 from index.unnamed import read_unnamed
 from model.checkpoint import BUNDLED
 from model.embedder import Embedder
-from service.calibration import CalibrationRequest, calibrate_folder, calibrate_gallery, report
+from service.calibration import (
+    CalibrationRequest,
+    calibrate_folder,
+    calibrate_gallery,
+    report,
+    warn_of_taught,
+)
 from service.client import DEFAULT_SERVER, Client, read_key
 from service.clusters import (
     MOST,
@@ -75,7 +81,9 @@ def calibrate(
         data_dir = data_dir or DEFAULT_DATA
         calibration, curves = calibrate_gallery(data_dir, request, _console)
     else:
-        embedder = Embedder(choose_checkpoint(weights))
+        checkpoint = choose_checkpoint(weights)
+        warn_of_taught(folder, checkpoint.provenance, _console)
+        embedder = Embedder(checkpoint)
         calibration, curves = calibrate_folder(folder, embedder, request, _console)
     report(calibration, curves, _out, picture=picture, as_json=as_json)
     if store and data_dir is not None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.client import ClientError
+from service.figures import save_figure
 from service.loadtest_report import PERCENTILES, Summary, summarise
 from service.loadtest_sending import Run
 
@@ -37,10 +37,7 @@ def draw_latency(runs: Sequence[Run], path: Path) -> None:
         _draw_one(figure, runs[0])
     else:
         _draw_curve(figure, [summarise(run) for run in runs])
-    try:
-        figure.savefig(path, dpi=120, metadata={"Software": None})
-    except (OSError, ValueError) as error:  # the latter where the suffix names no format
-        raise ClientError(f"could not write the picture {path}: {error}") from error
+    save_figure(figure, path)
 
 
 def _draw_one(figure: "Figure", run: Run) -> None:

@@ -6,7 +6,7 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _request_ids: ContextVar[tuple[str, ...]] = ContextVar("request_ids", default=())
 _notes: ContextVar[dict[str, object] | None] = ContextVar("notes", default=None)
+_listener: ContextVar[Callable[[Mapping[str, object]], None] | None] = ContextVar(
+    "listener", default=None
+)
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 # Lines that wait for a reader who has stopped reading, a few MB; warnings and errors find as much
@@ -49,6 +52,13 @@ def note(**fields: object) -> None:
     notes = _notes.get()
     if notes is not None:
         notes.update(fields)
+    if (listener := _listener.get()) is not None:
+        listener(fields)
+
+
+def listen_to_notes(listener: Callable[[Mapping[str, object]], None]) -> None:
+    """Have somebody hear what is noted of the request at hand from now on, when it is noted."""
+    _listener.set(listener)
 
 
 @contextmanager

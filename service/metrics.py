@@ -1,6 +1,9 @@
 """What the service counts and times, for Prometheus; `docs/metrics.md` says what each is for."""
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
@@ -102,14 +105,29 @@ class Metrics:
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"passerby_{name}", meaning, buckets=buckets, registry=self._registry)
 
-    def watch(self, queue: Callable[[], int], counts: Callable[[], Counts]) -> None:
+    def watch(
+        self,
+        queue: Callable[[], int],
+        counts: Callable[[], Counts],
+        data_dir: Path | None = None,
+    ) -> None:
         """Say where to ask, at each scrape, for what is not counted here.
 
         Args:
             queue: How many tracklets wait.
             counts: What the gallery holds; a `GalleryError` leaves it out of the scrape.
+            data_dir: On the disk that is watched; none where it is None, or not there.
         """
         self._watched.queue, self._watched.counts = queue, counts
+        self._watched.data_dir = data_dir
+
+    def tell_readiness(self, checks: Mapping[str, str]) -> None:
+        """Note what each part of the service said of itself just now.
+
+        Args:
+            checks: From `service.readiness.Readiness.ask`.
+        """
+        self._watched.ready = {part: answer == "ok" for part, answer in checks.items()}
 
     def begin_request(self) -> None:
         """Count a request that is under way."""
@@ -196,11 +214,14 @@ class _Watched(Collector):
         self.in_flight = 0  # the event loop alone changes it
         self.queue: Callable[[], int] | None = None
         self.counts: Callable[[], Counts] | None = None
+        self.data_dir: Path | None = None
+        self.ready: Mapping[str, bool] = {}
 
     def collect(self) -> Iterator[Metric]:
         yield _gauge("requests_in_flight", "Requests under way, this one included.", self.in_flight)
         if self.queue is not None:
             yield _gauge("queue_tracklets", "Tracklets that wait for the worker.", self.queue())
+        yield from self._collect_health()
         if self.counts is None:
             return
         try:
@@ -209,6 +230,20 @@ class _Watched(Collector):
             return  # the rest matters most while the gallery is out of reach
         yield _gauge("gallery_tracklets", "Stored tracklets.", counts.tracklets)
         yield _gauge("gallery_identities", "Distinct identities of them.", counts.identities)
+
+    def _collect_health(self) -> Iterator[Metric]:
+        if self.ready:
+            ready = GaugeMetricFamily(
+                "passerby_ready", "Whether a part can do its work.", labels=["part"]
+            )
+            for part, is_well in self.ready.items():
+                ready.add_metric([part], is_well)
+            yield ready
+        if self.data_dir is not None:
+            with suppress(OSError):  # not made yet, or its disk is gone: the store tells of that
+                disk = shutil.disk_usage(self.data_dir)
+                yield _gauge("disk_free_bytes", "Of the data directory's disk.", disk.free)
+                yield _gauge("disk_size_bytes", "Likewise, all of it.", disk.total)
 
 
 def _gauge(name: str, meaning: str, value: float) -> Metric:

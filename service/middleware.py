@@ -1,16 +1,12 @@
-"""What happens around every request: id, log line, key, bounds on the body, last resort."""
+"""What happens around every request: id, log line, bounds on the body, last resort."""
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import logging
 import os
 import re
 import time
-from collections.abc import Sequence
 
-from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -21,7 +17,6 @@ from service.errors import (
     NotReadyError,
     OverloadedError,
     PayloadTooLargeError,
-    UnauthenticatedError,
 )
 from service.logs import begin_notes, request_id
 from service.metrics import UNKNOWN, Metrics
@@ -107,7 +102,7 @@ class _Running:
         self._scope = scope
         self._metrics = metrics
         self._started = time.perf_counter()
-        given = _header(scope, b"x-request-id")
+        given = first_header(scope, b"x-request-id")
         self.id = given if _ID.fullmatch(given) else os.urandom(16).hex().encode()
         # Never reset: the task ends with the request, and what the server logs in it belongs to it.
         request_id.set(self.id.decode())
@@ -136,43 +131,12 @@ class _Running:
         }
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
+def first_header(scope: Scope, name: bytes) -> bytes:
     """The first header of a name in lower case, as servers write names; empty where none is."""
     for found, value in scope["headers"]:
         if found == name:
             return bytes(value)
     return b""
-
-
-class KeyMiddleware:
-    """Lets in only who carries one of the keys; the probes are open."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr]) -> None:
-        self._app = app
-        self._digests = [_digest(key.get_secret_value()) for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection (ASGI)."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(scope):
-            await self._app(scope, receive, send)
-            return
-        answer = problem(
-            KINDS[UnauthenticatedError],
-            "expected a known key in Authorization: Bearer or X-API-Key, got none",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await answer(scope, receive, send)
-
-    def _knows(self, scope: Scope) -> bool:
-        scheme, _, token = _header(scope, b"authorization").partition(b" ")
-        given = token if scheme.lower() == b"bearer" else _header(scope, b"x-api-key")
-        digest = _digest(given.decode("latin-1").strip())
-        # All are compared, each in constant time: how long it takes says nothing.
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 class BodyLimitMiddleware:
@@ -198,9 +162,9 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_upload = _header(scope, b"content-type").lower().startswith(b"multipart/")
+        is_upload = first_header(scope, b"content-type").lower().startswith(b"multipart/")
         limit_bytes = self._upload_bytes if is_upload else self._other_bytes
-        announced = _header(scope, b"content-length")
+        announced = first_header(scope, b"content-length")
         if announced.isdigit() and int(announced) > limit_bytes:
             detail = f"expected a request of at most {limit_bytes} bytes, got {announced.decode()}"
             await problem(KINDS[PayloadTooLargeError], detail)(scope, receive, send)
@@ -330,7 +294,7 @@ class DrainMiddleware:
             await self._app(scope, receive, send)
             return
         # A client that asked whether to go on sends nothing until somebody reads.
-        is_sending = _header(scope, b"expect").lower() != b"100-continue"
+        is_sending = first_header(scope, b"expect").lower() != b"100-continue"
 
         async def receive_noting() -> Message:
             nonlocal is_sending

@@ -1,4 +1,4 @@
-"""The commands that move a gallery: snapshot, restore, export, import, and the ledger alone."""
+"""The commands that move a gallery, or mend it: snapshot, restore, export, import, the ledger."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from index.exporting import Format, export_gallery
 from index.files import Progress as Advance
 from index.importing import import_gallery
 from index.ledger import read_ledger, write_ledger
+from index.mending import erase_stored
 from index.restore import restore
 from index.snapshot import check_snapshot, snapshot
 from model.checkpoint import BUNDLED
@@ -124,6 +125,15 @@ def ledger_command(
     run_ledger(data_dir, target, _console)
 
 
+@app.command("erase-tracklet")
+def erase_command(
+    tracklet_id: Annotated[str, typer.Argument(help="As the refusal to start names it.")],
+    data_dir: DataDir = _DATA,
+) -> None:
+    """Erase a tracklet whose embedding was damaged: the gallery does not start with it."""
+    run_erase(data_dir, tracklet_id, _console)
+
+
 def run_snapshot(
     data_dir: Path, target: Path, console: Console, *, overwrite: bool = False
 ) -> Manifest:
@@ -149,6 +159,17 @@ def run_check(path: Path, console: Console) -> Manifest:
     made = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC by Passerby {manifest.passerby_version}"
     _say(console, f"{path} is whole: {_described(manifest)}, made {made}")
     return manifest
+
+
+def run_erase(data_dir: Path, tracklet_id: str, console: Console) -> None:
+    """Erase a tracklet that keeps a gallery from starting; see `index.mending.erase_stored`.
+
+    Raises:
+        GalleryError: It is not there, or the gallery is open elsewhere; nothing has changed.
+    """
+    record = erase_stored(data_dir, tracklet_id)
+    whose = "of nobody" if record.identity is None else f"of {record.identity}"
+    _say(console, f"erased {tracklet_id} {whose}; enrol it again if its frames are still there")
 
 
 def run_restore(

@@ -64,8 +64,10 @@ async def read_form(
         )
     if not options.get(b"boundary"):
         raise InvalidRequestError("expected a multipart boundary in Content-Type, got none")
-    reader = _FormReader(options[b"boundary"], limits, file_fields)
     try:
+        reader = _FormReader(
+            options[b"boundary"], limits, file_fields
+        )  # a boundary can be too long
         async for chunk in request.stream():
             reader.write(chunk)
         return reader.finish()

@@ -13,7 +13,6 @@ from typing import Annotated, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from fastapi import Depends, Request
-from starlette.requests import ClientDisconnect
 
 from index.gallery import (
     Embeddings,
@@ -23,6 +22,7 @@ from index.gallery import (
     InvalidEmbeddingError,
     SearchResult,
 )
+from service.auditing import begin_change
 from service.decoding import Decoders
 from service.errors import (
     DeadlineExceededError,
@@ -31,13 +31,14 @@ from service.errors import (
     ServiceError,
     ValidationError,
 )
+from service.hanging_up import while_connected
 from service.limits import FILE_FIELDS
 from service.logs import note
 from service.metrics import Metrics
 from service.minimums import check_agreement, check_frames
-from service.multipart import Form, read_form
+from service.multipart import read_form
 from service.schemas import FrameCounts, QualityBody
-from service.settings import LimitSettings, Settings
+from service.settings import Settings
 from service.uploads import Decoded, DecodedTracklet, Keep
 from service.worker import Embedded, Embedder, EmbeddingWorker
 
@@ -49,8 +50,6 @@ Given = ParamSpec("Given")
 SEARCHERS = 16
 # So many writes wait for the disk together; the gallery does one at a time.
 WRITERS = 8
-# A server that tells of a client again and again without news must not keep the loop busy.
-_ASK_AGAIN_S = 0.05
 
 
 class Slots:
@@ -242,10 +241,10 @@ async def receive(
     parts.refuse_when_full(last)
     settings = parts.settings
     with parts.uploads.take():
-        form = await _read_in_time(request, settings.limits)
+        form = await read_form(request, settings.limits)
         timing = Timing()
         deadline = asyncio.get_running_loop().time() + settings.queue.deadline_s
-        async with _while_connected(request), _until(deadline, parts):
+        async with while_connected(request), _until(deadline, parts):
             decoded = await parts.decoders.decode(form.files, keep=keep)
         _observe_decoding(parts, timing)
     check_frames(decoded, settings.quality)
@@ -263,11 +262,11 @@ async def receive_pair(request: Request, parts: Parts) -> tuple[Upload, Upload]:
     settings = parts.settings
     fields = [prefix + name for prefix in PAIR_PREFIXES for name in FILE_FIELDS]
     with parts.uploads.take():
-        form = await _read_in_time(request, settings.limits, fields)
+        form = await read_form(request, settings.limits, fields)
         _refuse_fields(form.fields, fields)
         timing = Timing()
         deadline = asyncio.get_running_loop().time() + settings.queue.deadline_s
-        async with _while_connected(request), _until(deadline, parts):
+        async with while_connected(request), _until(deadline, parts):
             a, b = await asyncio.gather(
                 *(_decode_one_of_two(parts, form.files, prefix) for prefix in PAIR_PREFIXES)
             )
@@ -296,37 +295,6 @@ def _observe_decoding(parts: Parts, timing: Timing) -> None:
 
 
 @asynccontextmanager
-async def _while_connected(request: Request) -> AsyncIterator[None]:
-    """Go on for as long as there is somebody to tell.
-
-    Args:
-        request: With its body read.
-
-    Raises:
-        ClientDisconnect: The client has hung up; what was awaited has been cancelled.
-    """
-    task = asyncio.current_task()
-    hanging_up = asyncio.ensure_future(_hang_up(request))
-    ended = False
-
-    def cancel(hung_up: "asyncio.Task[None]") -> None:
-        if task is not None and not ended and not hung_up.cancelled():
-            task.cancel()
-
-    hanging_up.add_done_callback(cancel)
-    try:
-        yield
-    except asyncio.CancelledError:
-        has_hung_up = hanging_up.done() and not hanging_up.cancelled()
-        if task is not None and has_hung_up and not task.uncancel():
-            raise ClientDisconnect from None
-        raise  # whoever awaits this was cancelled
-    finally:
-        ended = True
-        hanging_up.cancel()
-
-
-@asynccontextmanager
 async def _until(deadline: float, parts: Parts) -> AsyncIterator[None]:
     """Go on until a time of the event loop's clock.
 
@@ -342,25 +310,6 @@ async def _until(deadline: float, parts: Parts) -> AsyncIterator[None]:
         raise DeadlineExceededError(
             f"expected an embedding within {parts.settings.queue.deadline_s:g} s, "
             "the service took longer"
-        ) from error
-
-
-async def _hang_up(request: Request) -> None:
-    """Return when the client has hung up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        await asyncio.sleep(_ASK_AGAIN_S)
-
-
-async def _read_in_time(
-    request: Request, limits: LimitSettings, file_fields: Sequence[str] = FILE_FIELDS
-) -> Form:
-    """Read a form; a client that stops sending must not keep its place for ever."""
-    try:
-        async with asyncio.timeout(limits.upload_s):
-            return await read_form(request, limits, file_fields)
-    except TimeoutError as error:
-        raise DeadlineExceededError(
-            f"expected an upload within {limits.upload_s:g} s, it took longer"
         ) from error
 
 
@@ -414,7 +363,7 @@ async def embed_all(
                 one.tracklet.clip, deadline_s=left_s, with_attention=with_attention
             )
             waiting.append(asyncio.wrap_future(future))
-        async with _while_connected(request), _until(deadline, parts):
+        async with while_connected(request), _until(deadline, parts):
             made = await asyncio.gather(*waiting)
     finally:
         for each in waiting:
@@ -502,9 +451,11 @@ async def write(
 
     Raises:
         OverloadedError: Too many changes run or wait.
+        AuditUnavailableError: The audit trail cannot tell of it, so nothing is changed.
         GalleryError: The gallery refuses or fails.
     """
     with parts.writes.take():
+        await begin_change()
         call = partial(copy_context().run, work, *given, **named)
         return await asyncio.get_running_loop().run_in_executor(parts.writers, call)
 

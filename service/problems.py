@@ -6,8 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import compile_path
 
 from index import archive, exchange, gallery, ledger, succession, vector_storage
 from index.calibration import CalibrationError
@@ -39,6 +41,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     errors.InvalidRequestError: Kind(400, "invalid-request", "The request is not well-formed"),
     gallery.InvalidCursorError: Kind(400, "invalid-cursor", "The page cursor is not one of ours"),
     errors.UnauthenticatedError: Kind(401, "unauthenticated", "A key is needed"),
+    errors.ForbiddenError: Kind(403, "forbidden", "The key's role does not suffice"),
     gallery.NotFoundError: Kind(404, "not-found", "There is no such thing"),
     gallery.DuplicateTrackletError: Kind(409, "already-exists", "The tracklet id is taken"),
     gallery.DuplicateIdentityError: Kind(409, "already-exists", "The identity's name is taken"),
@@ -51,10 +54,12 @@ KINDS: Mapping[type[Exception], Kind] = {
     errors.UndecodableFrameError: Kind(422, "undecodable-frame", "A frame cannot be decoded"),
     errors.NoUsableFramesError: Kind(422, "no-usable-frames", "The upload holds no frame"),
     errors.OverloadedError: Kind(429, "overloaded", "The queue is full"),
+    errors.RateLimitedError: Kind(429, "overloaded", "There are too many requests"),
     CalibrationError: Kind(500, "internal-error", "The service made a mistake"),
     gallery.InvalidEmbeddingError: Kind(500, "internal-error", "The service made a mistake"),
     model_errors.InvalidFramesError: Kind(500, "internal-error", "The service made a mistake"),
     errors.NotReadyError: Kind(503, "not-ready", "The service is not ready"),
+    errors.AuditUnavailableError: Kind(503, "not-ready", "The service is not ready"),
     errors.WorkerUnavailableError: Kind(503, "worker-unavailable", "The embedding worker failed"),
     gallery.GalleryUnavailableError: Kind(
         503, "gallery-unavailable", "The gallery is out of reach"
@@ -71,6 +76,8 @@ START_ONLY: frozenset[type[Exception]] = frozenset(
         gallery.InvalidIndexError,
         vector_storage.StorageMismatchError,
         archive.SnapshotError,
+        errors.AuditError,
+        errors.KeysError,
         exchange.ExchangeError,
         ledger.LedgerError,
         succession.InUseError,
@@ -173,13 +180,27 @@ def validation_problem(found: list[tuple[tuple[int | str, ...], str]]) -> JSONRe
     return problem(KINDS[errors.ValidationError], detail, members={"errors": listed})
 
 
-async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         raise error
     kind = _HTTP.get(error.status_code)
     if kind is None:
         kind = Kind(error.status_code, f"http-{error.status_code}", str(error.detail))
-    return problem(kind, str(error.detail), headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+    return problem(kind, str(error.detail), headers=headers)
+
+
+def _methods_at(request: Request) -> set[str]:
+    """What may be asked of a path; Starlette tells the methods of the first route there alone."""
+    path = request.scope["path"]
+    return {
+        method
+        for route in iter_route_contexts(request.app.routes)
+        if route.path is not None and compile_path(route.path)[0].match(path)
+        for method in route.methods or ()
+    }
 
 
 def install(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from index.gallery import GalleryError
+from service.audit import Trail
 from service.errors import ServiceError
 from service.parts import Parts
 
@@ -19,18 +20,21 @@ class Readiness:
 
     Args:
         parts: Whom to ask.
+        trail: The audit trail, where one is kept.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, trail: Trail | None = None) -> None:
         # A thread each, so that none waits for another's.
-        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="readiness") for _ in range(2)]
-        worker, store = self._threads
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="readiness") for _ in range(3)]
+        worker, store, auditor = self._threads
         self._questions = {
             "service": _Question(_at_once(parts.check_not_stopping)),
             "worker": _Question(_in_thread(worker, parts.worker.check)),
             "decoders": _Question(parts.decoders.check),
             "store": _Question(_in_thread(store, parts.gallery.check)),
         }
+        if trail is not None:
+            self._questions["audit"] = _Question(_in_thread(auditor, trail.check))
 
     async def ask(self) -> dict[str, str]:
         """What each part says: "ok", or what is wrong with it."""

@@ -1,9 +1,11 @@
 """Start and stop the service: its parts from the settings, the process around them."""
 
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,22 +24,26 @@ from model.checkpoint import (
 from model.cores import available_cores
 from model.embedder import Embedder
 from service.app import create_app, make_decoders
+from service.audit import DIRECTORY, Trail
 from service.connections import SPARE, Connections, allow_descriptors
+from service.keys import Key, KeyRing, create_key
 from service.logs import flush_logs
 from service.parts import Parts
-from service.settings import UNTRAINED, Settings
+from service.settings import UNTRAINED, InvalidSettingsError, Settings
+from service.tracing import Tracing
 from service.worker import Embedder as ServedEmbedder
 from service.worker import EmbeddingWorker
 
 log = logging.getLogger(__name__)
 WATCH_S = 0.5
-LOOKS = 4  # in a row that have to find the worker lost
+AWAY_S = 0.5  # later than it should have come, a look tells that the process was paused
 # Seconds in which those who wait for a lost worker are answered.
 ABANDONED_GRACE_S = 3.0
 # Whole seconds for answers on their way when everything else is over.
 CLOSING_S = 2
 # Seconds after the grace in which everything has to be closed.
 LAST_S = 8.0
+FIRST_LABEL = "first"
 
 
 def choose_checkpoint(weights: str) -> Checkpoint:
@@ -127,11 +133,13 @@ def _watch(worker: EmbeddingWorker, server: _Server) -> None:
     Nothing within the process helps: a thread that hangs cannot be ended, and a device that failed
     once fails the whole process.
     """
-    seen = 0
-    while seen < LOOKS:  # once is not enough: after a pause of the process all look stuck at first
+    while (reason := worker.lost()) is None:
+        before = time.monotonic()
         time.sleep(WATCH_S)
-        reason = worker.lost()
-        seen = 0 if reason is None else seen + 1
+        away_s = time.monotonic() - before - WATCH_S
+        if away_s > AWAY_S:
+            log.warning("the process was paused", extra={"seconds": round(away_s, 1)})
+            worker.forgive(away_s)
     log.critical("ending with status 1, to be started again: %s", reason)
     server.lost = server.should_exit = True
     try:
@@ -156,6 +164,68 @@ def load_embedder(settings: Settings) -> Embedder:
     )
 
 
+def check_exposure(settings: Settings, keys: KeyRing) -> None:
+    """Return where nobody else than this machine can ask without a key, or that is wanted.
+
+    Raises:
+        InvalidSettingsError: The service would be open to a network.
+    """
+    if keys.is_closed or settings.first_key or _is_loopback(settings.host):
+        return
+    if not settings.insecure:
+        raise InvalidSettingsError(
+            f"expected a key before listening on {settings.host}, where others can ask, got none: "
+            "make one (passerby keys create --role admin --label NAME), have one made "
+            "(PASSERBY_FIRST_KEY=true), listen on 127.0.0.1, or say --insecure"
+        )
+    log.warning("there is no key: whoever reaches this service may read and erase everything")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name, or none, which is every address
+        return False
+
+
+def open_trail(settings: Settings) -> Trail | None:
+    """The audit trail that the settings ask for; None where they ask for none.
+
+    Raises:
+        AuditError: It cannot be opened.
+    """
+    audit = settings.audit
+    if not audit.enabled:
+        return None
+    directory = settings.data_dir / DIRECTORY
+    return Trail(directory, file_bytes=audit.file_bytes, files=audit.files)
+
+
+def make_first_key(settings: Settings, keys: KeyRing, trail: Trail | None) -> None:
+    """Make a key with role admin where there is none, and print it, once and for all.
+
+    Raises:
+        ServiceError: It cannot be kept, or the audit trail cannot tell of it.
+    """
+    if not settings.first_key or keys.is_closed:
+        return
+
+    def tell(key: Key) -> None:
+        if trail is not None:
+            line = {"action": "create-key", "by": "first start"}
+            trail.append({**line, "about": key.label, "about_id": key.key_id})
+
+    _, secret = create_key(settings.data_dir, "admin", FIRST_LABEL, tell=tell)
+    keys.refresh()
+    # Past the log, which is kept and sent around: this is the only time that it can be read.
+    heading = "The first key of this service, with role admin; it is shown this once:"
+    sys.stdout.write(f"{heading}\n\n    {secret}\n\n")
+    sys.stdout.flush()
+    log.info("made the first key and printed it", extra={"key_label": FIRST_LABEL})
+
+
 def run(settings: Settings, embedder: ServedEmbedder | None = None) -> NoReturn:
     """Serve until a signal, or until nothing can be embedded any more; ends the process.
 
@@ -164,15 +234,23 @@ def run(settings: Settings, embedder: ServedEmbedder | None = None) -> NoReturn:
         embedder: Another one than the settings ask for.
 
     Raises:
+        InvalidSettingsError: It would be open to a network, or cannot make the traces asked for.
         ModelError: The weights, the device, the precision or the runtime cannot be had.
         GalleryError: The data directory cannot be used.
+        ServiceError: Its keys or its audit trail cannot.
     """
+    keys = KeyRing(settings.data_dir, settings.api_keys)
+    check_exposure(settings, keys)
+    tracing = Tracing.of(settings)
     embedder = embedder or load_embedder(settings)
     cores = available_cores()
     gallery = EmbeddedGallery(
         settings.data_dir, index=settings.index, searches=cores, storage=settings.storage
     )
-    processes = cores if settings.decoders is None else settings.decoders
+    trail = open_trail(settings)
+    make_first_key(settings, keys, trail)
+    # One more than there are cores: none of these is without work while an answer is read.
+    processes = cores + 1 if settings.decoders is None else settings.decoders
     counts = gallery.counts()
     described = embedder.describe()
     log.info(
@@ -183,12 +261,13 @@ def run(settings: Settings, embedder: ServedEmbedder | None = None) -> NoReturn:
             **{name: described.get(name) for name in ("device", "precision", "runtime")},
             "cores": cores,
             "decoders": processes,
+            "keys": "needed" if keys.is_closed else "none",
             "tracklets": counts.tracklets,
             "identities": counts.identities,
         },
     )
     decoders = make_decoders(embedder, settings, processes=processes)
-    app = create_app(embedder, gallery, settings, decoders)
+    app = create_app(embedder, gallery, settings, decoders, keys=keys, trail=trail, tracing=tracing)
     parts: Parts = app.state.parts
     config = uvicorn.Config(
         app,
@@ -199,6 +278,10 @@ def run(settings: Settings, embedder: ServedEmbedder | None = None) -> NoReturn:
         log_config=None,
         access_log=False,
         server_header=False,
+        # Nobody is believed about who asks but who is named; by itself uvicorn believes this
+        # machine, and whomever FORWARDED_ALLOW_IPS names.
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         timeout_graceful_shutdown=CLOSING_S,
     )
     server = _Server(config, parts)

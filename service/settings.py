@@ -1,6 +1,8 @@
 """Every setting: an environment variable and a flag of `passerby serve`, typed and checked."""
 
+import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,6 +15,7 @@ from model.checkpoint import BUNDLED
 PREFIX = "PASSERBY_"
 MIB = 1024 * 1024
 UNTRAINED = "untrained"
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
 
 
 class InvalidSettingsError(Exception):
@@ -71,6 +74,18 @@ class LimitSettings(_Group):
     )
     connections: int = Field(
         1000, ge=1, description="Connections at a time; one more gets 429 and is closed."
+    )
+
+
+class AuditSettings(_Group):
+    """The audit trail in the data directory: who did what, to whom and when."""
+
+    enabled: bool = Field(True, description="Keep it.")
+    file_bytes: int = Field(
+        64 * MIB, ge=64 * 1024, description="From how many bytes on another file is begun."
+    )
+    files: int = Field(
+        16, ge=1, le=100_000, description="How many files are kept, the newest included."
     )
 
 
@@ -133,12 +148,16 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=256,
-        description="Processes that decode uploads; without a number one for each core, 0 for "
+        description="Processes that decode uploads; without a number one more than cores, 0 for "
         "threads of the service's own process.",
     )
     frames_per_tracklet: int = Field(15, ge=1, description="Frames that make an embedding.")
     sampling: Literal["even", "all"] = Field("even", description="How frames are chosen.")
-    index: str = Field("Flat", description="FAISS factory string of the search index.")
+    index: str = Field(
+        "Flat",
+        description="FAISS factory string of the search index; ;nprobe=, efSearch= and candidates= "
+        "behind it say how much it looks at.",
+    )
     storage: Literal["float32", "float16"] | None = Field(
         None,
         description="How embeddings are kept, fixed by the first one; without it as they are kept "
@@ -148,6 +167,7 @@ class Settings(BaseSettings):
     queue: QueueSettings = QueueSettings()
     limits: LimitSettings = LimitSettings()
     quality: QualitySettings = QualitySettings()
+    audit: AuditSettings = AuditSettings()
     threshold: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Distance up to which a query is a match."
     )
@@ -162,19 +182,64 @@ class Settings(BaseSettings):
         False, description="Keep the used frames, so that another model can embed them later."
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="Keys that open the service, separated by commas; open to all where none."
+        (),
+        description="Keys beside those of `passerby keys`, separated by commas: an admin's, or "
+        "read:KEY and write:KEY.",
+    )
+    first_key: bool = Field(
+        False, description="Make a first key with role admin where there is none, and print it."
+    )
+    insecure: bool = Field(
+        False, description="Listen to other machines without any key: open to whoever comes."
+    )
+    rate_limit: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Requests a minute with one key; one more gets 429. Any number where none.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may ask from a browser, like https://desk.example, "
+        "separated by commas; none where none.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses or networks of the proxies that are believed who a client is "
+        "(X-Forwarded-For, X-Forwarded-Proto), separated by commas.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern="^https?://[^/]+",
+        description="Where traces go, an OTLP collector's address like http://collector:4318; the "
+        "variable OTEL_EXPORTER_OTLP_ENDPOINT does the same. None are made where none.",
     )
     log_format: Literal["json", "text"] = Field("text", description="How log lines are written.")
     shutdown_grace_s: float = Field(
         30.0, ge=0, description="Seconds that accepted requests get to finish at SIGTERM."
     )
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
+    def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return tuple(key for key in value.replace(",", " ").split() if key)
+            return tuple(value.replace(",", " ").split())
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        # Not "*": whoever has a key in a page of his own would hand it to any other page.
+        if not all(_ORIGIN.fullmatch(origin) for origin in origins):
+            raise ValueError("expected origins like https://desk.example:8443, without a path")
+        return origins
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            ipaddress.ip_network(proxy)
+        return proxies
 
     @classmethod
     def load(cls, flags: Sequence[str] = (), program: str = "passerby serve") -> Self:

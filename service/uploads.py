@@ -37,6 +37,7 @@ from service.strips import film_strip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _EXPECTED_IMAGE = "expected a JPEG, PNG, WebP or BMP image"
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+Stack = Callable[[Sequence[Clip]], Clip]  # frames of one shape become a clip
 KEPT_QUALITY = 95  # of the frames of a video, which have no file of their own
 _DIRECTORY_ENTRY = b"PK\x01\x02"
 
@@ -105,6 +106,7 @@ def decode_upload(
     limits: FrameLimits,
     *,
     keep: Keep = Keep.NOTHING,
+    stack: Stack = np.stack,
 ) -> Decoded:
     """Make everything of an upload that takes time.
 
@@ -113,6 +115,7 @@ def decode_upload(
         choice: Which frames, and what they become.
         limits: What they may be.
         keep: What else is to be made.
+        stack: Makes a clip of its frames, where it is to be.
 
     Raises:
         ServiceError: The upload is refused; the message says which frame and why.
@@ -120,9 +123,11 @@ def decode_upload(
     kind, unpacked = unpack(files, limits)
     keep_frames = Keep.FRAMES in keep
     if kind == "video":
-        tracklet, frames = _decode_video(unpacked[0], choice, limits, keep_frames=keep_frames)
+        tracklet, frames = _decode_video(
+            unpacked[0], choice, limits, stack, keep_frames=keep_frames
+        )
     else:
-        tracklet = decode(kind, unpacked, choice, limits)
+        tracklet = decode(kind, unpacked, choice, limits, stack)
         frames = tuple(unpacked[position] for position in tracklet.positions if keep_frames)
     strip = film_strip(tracklet.clip) if Keep.STRIP in keep else None
     quality = measure_quality(tracklet.clip, tracklet.shortest_side)
@@ -172,7 +177,11 @@ def unpack(files: dict[str, list[bytes]], limits: FrameLimits) -> tuple[str, lis
 
 
 def decode(
-    kind: str, files: Sequence[bytes], choice: FrameChoice, limits: FrameLimits
+    kind: str,
+    files: Sequence[bytes],
+    choice: FrameChoice,
+    limits: FrameLimits,
+    stack: Stack = np.stack,
 ) -> DecodedTracklet:
     """Decode the frames of an upload that are used.
 
@@ -181,12 +190,13 @@ def decode(
         files: From `unpack`.
         choice: Which frames, and what they become.
         limits: What a frame may be.
+        stack: See `decode_upload`.
 
     Raises:
         ServiceError: A frame or the video is refused; the message says which and why.
     """
     if kind == "video":
-        return _decode_video(files[0], choice, limits)[0]
+        return _decode_video(files[0], choice, limits, stack)[0]
     positions = choose_frames(len(files), choice.used, choice.sampling)
     chosen = frozenset(positions)
     clip, sides = [], []
@@ -196,11 +206,16 @@ def decode(
         if frame is not None:
             clip.append(frame)
             sides.append(side)
-    return DecodedTracklet(np.stack(clip), tuple(positions), len(files), min(sides))
+    return DecodedTracklet(stack(clip), tuple(positions), len(files), min(sides))
 
 
 def _decode_video(
-    content: bytes, choice: FrameChoice, limits: FrameLimits, *, keep_frames: bool = False
+    content: bytes,
+    choice: FrameChoice,
+    limits: FrameLimits,
+    stack: Stack,
+    *,
+    keep_frames: bool = False,
 ) -> tuple[DecodedTracklet, tuple[bytes, ...]]:
     """Decode the used frames of a video; also as JPEG files, where they are kept."""
     from service.video import Pixels, read_video  # a third of a decoder's memory, seldom needed
@@ -222,7 +237,7 @@ def _decode_video(
         raise PayloadTooLargeError(
             f"expected used frames of at most {limits.request_bytes} bytes as JPEG, got {total}"
         )
-    tracklet = DecodedTracklet(np.stack(clip), positions, received, min(sides))
+    tracklet = DecodedTracklet(stack(clip), positions, received, min(sides))
     return tracklet, files if keep_frames else ()
 
 

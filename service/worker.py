@@ -153,6 +153,7 @@ class EmbeddingWorker:
         self._canary_failed_since: float | None = None
         self._canary_due = math.inf  # while tracklets fail, however many come
         self._overdue_at: float | None = None  # of the batch at hand
+        self._away_s = 0.0
         self._held: list[_Job] = []  # by the thread, no longer in the queue
         self._died = False
         self._seconds_per_tracklet = 1.0
@@ -188,9 +189,17 @@ class EmbeddingWorker:
         if self._is_stuck(LOST_S):
             return "a batch does not end"
         since = self._canary_failed_since
-        if since is not None and time.monotonic() - since >= LOST_S:
+        if since is not None and self._running_s() - since >= LOST_S:
             return f"no grey frame could be embedded for {LOST_S:g} s"
         return None
+
+    def forgive(self, seconds: float) -> None:
+        """Count time in which this process was paused for nothing: no batch gets stuck by it."""
+        self._away_s += seconds
+
+    def _running_s(self) -> float:
+        """A clock that stands while the process is paused, once `forgive` has been told."""
+        return time.monotonic() - self._away_s
 
     def abandon(self) -> None:
         """Let whoever waits hear that nothing comes, also of the batch at hand; nobody joins."""
@@ -202,7 +211,7 @@ class EmbeddingWorker:
 
     def _is_stuck(self, since_s: float = 0.0) -> bool:
         overdue_at = self._overdue_at
-        return overdue_at is not None and time.monotonic() >= overdue_at + since_s
+        return overdue_at is not None and self._running_s() >= overdue_at + since_s
 
     def refuse_when_full(self, deadline_s: float = math.inf) -> None:
         """Return while there is room in the queue, and its end will be reached in time.
@@ -281,8 +290,7 @@ class EmbeddingWorker:
 
     def _run(self) -> None:
         try:
-            started = time.monotonic()
-            self._overdue_at = started + WARM_UP_S
+            self._overdue_at = self._running_s() + WARM_UP_S
             self._embedder.warm_up()
             started = time.monotonic()
             self._embedder.warm_up()  # again: what happens only once says nothing of a batch
@@ -327,7 +335,7 @@ class EmbeddingWorker:
         self._held = held
         frames = sum(len(job.clip) for job in held) or 1
         limit_s = max(STUCK_S, STUCK_TIMES * frames * self._seconds_per_frame)
-        self._overdue_at = time.monotonic() + limit_s
+        self._overdue_at = self._running_s() + limit_s
 
     def _send_canary(self) -> None:
         """Embed a grey frame: whoever asks for nothing must still hear that nothing would come.
@@ -341,7 +349,7 @@ class EmbeddingWorker:
         except Exception:
             if self._canary_failed_since is None:  # once, not every second
                 log.exception("the embedding worker cannot embed a grey frame")
-                self._canary_failed_since = time.monotonic()
+                self._canary_failed_since = self._running_s()
             return
         self._failures, self._canary_failed_since = 0, None
 

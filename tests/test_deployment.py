@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from rich.console import Console
 
 from model.checkpoint import BUNDLED_FILE
 from model.cli import draw_to
 from model.datasets.folder import read_folder
 from model.datasets.synthetic import SyntheticSet
-from service.client import Client, read_local
+from service.client import Client, ClientError, read_local
 from service.enrolment import enrol_all, plan_folder
 from service.settings import Settings, known_names
 
@@ -37,10 +39,12 @@ def compose(name: str) -> dict[str, Any]:
 
 
 def instructions() -> list[str]:
-    """The instructions of the Dockerfile's last stage, each on one line."""
+    """What makes the image, in order, each on one line: not the stage that lists what is in it."""
     joined = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^#.*\n", "", DOCKERFILE))
     lines = [line.strip() for line in joined.splitlines() if line.strip()]
-    return lines[max(i for i, line in enumerate(lines) if line.startswith("FROM")) :]
+    stages = [i for i, line in enumerate(lines) if line.startswith("FROM")]
+    assert lines[stages[-1]] == "FROM dependencies"
+    return lines[: stages[1]] + lines[stages[-1] + 1 :]
 
 
 def position(matches: Callable[[str], bool]) -> int:
@@ -55,19 +59,90 @@ GPU_SERVICE = compose("docker-compose.gpu.yml")["services"]["passerby"]
 
 def test_dependencies_have_a_layer_below_the_code() -> None:
     """A change of the code must not install torch again."""
-    dependencies = position(lambda line: "--requirement requirements.txt" in line)
+    dependencies = position(lambda line: "--requirement requirements.lock" in line)
     code = position(lambda line: line.startswith("COPY . "))
     package = position(lambda line: "--no-deps" in line)
 
     assert dependencies < code < package
 
 
-def test_dependencies_are_held_to_the_constraints() -> None:
+def test_every_file_that_is_installed_is_held_to_a_hash() -> None:
     installs = [line for line in instructions() if "pip install" in line]
 
     assert len(installs) == 2
-    assert "--constraint constraints.txt" in installs[0]
+    assert "--require-hashes --requirement requirements.lock" in installs[0]
+    assert "--no-deps" in installs[1]
     assert all("--no-cache-dir" in line for line in installs)
+
+
+def pins(name: str) -> dict[str, str]:
+    """Versions by normal name, of a lock or of the constraints."""
+    found = re.findall(r"(?m)^([A-Za-z0-9_.-]+)==([^ \n;]+)", (ROOT / name).read_text("utf-8"))
+    return {re.sub(r"[-_.]+", "-", one).lower(): version for one, version in found}
+
+
+@pytest.mark.parametrize("variant", ["cpu", "gpu"])
+def test_the_image_gets_the_versions_that_are_tested(variant: str) -> None:
+    locked, tested = pins(f"requirements/{variant}.lock"), pins("constraints.txt")
+
+    # Of the machine's kind, or of the variant: nothing that the tests run on.
+    others = locked.keys() - tested.keys() - {"setuptools", "colorama", "faiss-gpu"}
+    assert {one for one in others if not one.startswith("nvidia-")} == set()
+    assert {one: locked[one] for one in locked.keys() & tested.keys()} == {
+        one: tested[one] for one in locked.keys() & tested.keys()
+    }
+
+
+@pytest.mark.parametrize("variant", ["cpu", "gpu", "sbom"])
+def test_everything_in_a_lock_has_a_hash(variant: str) -> None:
+    text = (ROOT / "requirements" / f"{variant}.lock").read_text(encoding="utf-8")
+    entries = re.split(r"(?m)^(?=[A-Za-z0-9])", text)[1:]
+
+    assert entries
+    assert all("--hash=sha256:" in entry for entry in entries)
+    assert "://" not in text
+
+
+@pytest.mark.parametrize("variant", ["cpu", "gpu"])
+def test_a_lock_has_every_dependency(variant: str) -> None:
+    """`make lock` writes them again after a change."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {"cpu": ["cpu", "openvino", "otel"], "gpu": ["gpu", "otel"]}[variant]
+    wanted = project["dependencies"] + [
+        one for name in extras for one in project["optional-dependencies"][name]
+    ]
+
+    locked = pins(f"requirements/{variant}.lock")
+
+    for one in wanted:
+        requirement = Requirement(one)
+        assert locked[re.sub(r"[-_.]+", "-", requirement.name).lower()] in requirement.specifier
+
+
+def test_image_says_what_it_is_and_what_is_in_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = instructions()
+
+    assert f"ARG VERSION={project['version']}" in lines
+    assert 'image.version="$VERSION"' in lines[position(lambda line: line.startswith("LABEL"))]
+    assert "COPY --from=materials /sbom.cdx.json /usr/share/passerby/sbom.cdx.json" in lines
+
+
+def test_labels_that_change_come_after_the_layers_that_take_long() -> None:
+    assert position(lambda line: line.startswith("ARG REVISION")) > position(
+        lambda line: line.startswith("COPY . ")
+    )
+
+
+def test_compose_locks_the_service_in() -> None:
+    assert SERVICE["read_only"] is True
+    assert SERVICE["cap_drop"] == ["ALL"]
+    assert SERVICE["security_opt"] == ["no-new-privileges:true"]
+    assert SERVICE["mem_limit"] == SERVICE["memswap_limit"]
+    assert SERVICE["pids_limit"] > 0
+    [tmp] = SERVICE["tmpfs"]
+    assert tmp.startswith("/tmp:size=")  # noqa: S108 the container's
+    assert {"noexec", "nosuid", "nodev"} <= set(tmp.split(","))
 
 
 def test_image_runs_as_a_numbered_user_that_is_not_root() -> None:
@@ -169,7 +244,7 @@ def test_compose_waits_for_a_graceful_stop() -> None:
 
 
 def test_compose_publishes_to_this_machine_alone() -> None:
-    """The service asks for no key by default."""
+    """Others come in when the operator has the first key."""
     assert SERVICE["ports"] == ["${PUBLISH:-127.0.0.1:8000}:8000"]
 
 
@@ -278,6 +353,10 @@ class Deployment:
             assert time.monotonic() < deadline, self.compose("logs")[-4000:]
             time.sleep(1)
 
+    def printed_keys(self) -> list[str]:
+        """The keys that this container has printed."""
+        return re.findall(r"passerby_[\w-]{40,}", self.compose("logs", "passerby"))
+
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Iterator[Deployment]:
@@ -297,14 +376,18 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 @pytest.mark.docker
 @pytest.mark.slow
 def test_gallery_survives_its_container(deployment: Deployment, tmp_path: Path) -> None:
-    """Build, start, enrol and ask; the same answer comes from a new container."""
+    """Build, start, enrol and ask with the printed key; a new container answers the same."""
     people = tmp_path / "people"
     draw_to(SyntheticSet(identities=3), people, Console(quiet=True))
     tasks = plan_folder(people, frozenset({"c1"}))
     asked = next(one for one in read_folder(people) if one.camera == "c2")
     local = read_local(asked.frames)
-    with Client(deployment.address) as client:
-        deployment.start(client)
+    with Client(deployment.address) as anybody:
+        deployment.start(anybody)
+        [key] = deployment.printed_keys()
+        with pytest.raises(ClientError, match="401"):
+            anybody.query(local, {})
+    with Client(deployment.address, key) as client:
         outcomes = list(enrol_all(client, tasks, concurrency=1, stop=lambda: False))
         before = client.query(local, {})
         uid = deployment.compose("exec", "-T", "passerby", "id", "-u").split()[-1]
@@ -312,8 +395,10 @@ def test_gallery_survives_its_container(deployment: Deployment, tmp_path: Path) 
         deployment.compose("down")
         deployment.start(client)
         after = client.query(local, {})
+        printed = deployment.printed_keys()
 
     assert [outcome.state for outcome in outcomes] == ["enrolled"] * 3
     assert uid != "0"
+    assert printed == []  # once, and never again
     assert after["searched"] == 3
     assert after["matches"] == before["matches"]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -26,7 +27,20 @@ def shown_commands(page: Path) -> list[list[str]]:
                 words = words[1:]  # a variable set for this command
             if words:
                 commands.append(words)
+            commands += within(words)
     return commands
+
+
+def within(words: list[str]) -> list[list[str]]:
+    """The command that is run in a container, where one is.
+
+    ``docker compose exec passerby passerby ...``, ``run --entrypoint passerby passerby ...`` or
+    ``kubectl exec ... -- passerby ...``.
+    """
+    if words[:1] == ["kubectl"] and "--" in words:
+        return [words[words.index("--") + 1 :]]
+    doubled = [i for i, pair in enumerate(pairwise(words)) if pair == ("passerby", "passerby")]
+    return [words[i + 1 :] for i in doubled]
 
 
 def split(line: str) -> list[str]:
@@ -71,6 +85,9 @@ def test_every_passerby_command_shown_exists_with_its_options() -> None:
     for words in shown:
         assert words[1] in group.commands, words
         command = group.commands[words[1]]
+        if isinstance(command, click.Group | typer.core.TyperGroup):  # like `passerby keys create`
+            assert words[2] in command.commands, words
+            command = command.commands[words[2]]
         known = {option for one in command.params for option in one.opts} | {"--help"}
         known |= serve_flags() if words[1] == "serve" else set()
         used = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
@@ -92,6 +109,35 @@ def test_no_page_is_empty(page: Path) -> None:
 def test_every_link_within_the_repository_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def headings(page: Path) -> set[str]:
+    """What a page's headings are called in links to them."""
+    text = re.sub(
+        r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_heading_finds_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target, heading in re.findall(r"\]\(([^):#]*?\.md|)#([^)]+)\)", text):
+        assert heading in headings(page.parent / target if target else page), f"{target}#{heading}"
+
+
+def test_commands_in_containers_are_looked_at_too() -> None:
+    shown = "docker compose run --rm --entrypoint passerby passerby restore FILE --replace"
+    inside = "kubectl exec passerby-0 -- passerby keys list"
+
+    assert within(shown.split()) == [["passerby", "restore", "FILE", "--replace"]]
+    assert within(inside.split()) == [["passerby", "keys", "list"]]
+
+
+def test_the_readme_and_the_operations_page_lead_to_responsible_use() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "operations.md"):
+        assert "responsible-use.md)" in page.read_text(encoding="utf-8"), page.name
 
 
 def test_every_setting_named_in_the_documentation_exists() -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError as PydanticError
 from starlette.concurrency import run_in_threadpool
 
 from index.gallery import DuplicateTrackletError, Enrolment, Gallery, NotFoundError, TrackletRecord
+from service.auditing import tell
 from service.errors import AlreadyExistsError, PayloadTooLargeError, ValidationError
 from service.ids import new_tracklet_id
 from service.parts import (
@@ -59,6 +60,7 @@ async def enrol(
     """Enrol a tracklet; it is stored and searchable when this answers."""
     upload = await receive(request, parts, last=parts.writes, keep=_kept(parts.settings))
     fields = _read_fields(upload.fields)
+    tell(tracklet=fields.tracklet_id, identity=fields.identity)
     check_metadata(fields.metadata, parts)
     content = f"{upload.decoded.content}:{_fields_digest(fields)}"
     record = await run_in_threadpool(_stored, parts.gallery, fields.tracklet_id, content)
@@ -91,6 +93,7 @@ async def _add(
         expires_at=fields.expires_at,
         quality=quality_of(upload, embedded).model_dump(),
     )
+    tell(tracklet=record.tracklet_id)
     kept = upload.decoded
     enrolment = Enrolment(record, embedded.result.embedding, kept.strip, kept.frames)
     try:
@@ -160,6 +163,7 @@ def list_tracklets(parts: PartsDep, parameters: Annotated[ListParameters, Query(
     page = parts.gallery.list(
         parameters.filters(), limit=parameters.limit, cursor=parameters.cursor
     )
+    tell(identity=parameters.identity, count=len(page.records))
     return PageBody(
         items=[RecordBody.of(record) for record in page.records], next_cursor=page.next_cursor
     )
@@ -168,7 +172,9 @@ def list_tracklets(parts: PartsDep, parameters: Annotated[ListParameters, Query(
 @router.get("/gallery/{tracklet_id}", responses=problem_responses(401, 404, 422, 503))
 def get_tracklet(parts: PartsDep, tracklet_id: TrackletId) -> RecordBody:
     """Read one stored tracklet."""
-    return RecordBody.of(parts.gallery.get(tracklet_id))
+    record = parts.gallery.get(tracklet_id)
+    tell(identity=record.identity)
+    return RecordBody.of(record)
 
 
 @router.get(
@@ -205,6 +211,7 @@ def _patch(parts: Parts, tracklet_id: str, patch: PatchBody) -> RecordBody:
         except ValueError as error:
             raise ValidationError(str(error), "/body") from error
         check_metadata(changes.get("metadata", {}), parts)
+        tell(identity=record.identity, into=changes.get("identity"))
         return RecordBody.of(parts.gallery.update(tracklet_id, changes))
 
 

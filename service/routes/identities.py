@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
+from service.auditing import tell
 from service.errors import ValidationError
 from service.parts import PartsDep, change
 from service.schemas import (
@@ -31,6 +32,7 @@ def list_identities(
 ) -> IdentitiesBody:
     """List identities, a page at a time, in the order of their names."""
     page = parts.gallery.identities(limit=parameters.limit, cursor=parameters.cursor)
+    tell(count=len(page.items))
     return IdentitiesBody(
         items=[IdentityBody.of(one) for one in page.items], next_cursor=page.next_cursor
     )
@@ -47,6 +49,7 @@ def get_identity(
 @router.patch("/identities/{identity}", responses={**_CHANGES, **problem_responses(409)})
 async def rename_identity(parts: PartsDep, identity: Identity, body: RenameBody) -> IdentityBody:
     """Give an identity another name; onto one that exists it is refused, that is a merge."""
+    tell(into=body.identity)
     renamed = await change(parts, parts.gallery.rename_identity, identity, body.identity)
     return IdentityBody.of(renamed)
 
@@ -54,6 +57,7 @@ async def rename_identity(parts: PartsDep, identity: Identity, body: RenameBody)
 @router.post("/identities/{identity}/merge", responses=_CHANGES)
 async def merge_identity(parts: PartsDep, identity: Identity, body: MergeBody) -> IdentityBody:
     """Make all tracklets of this identity those of another; answers the other."""
+    tell(into=body.into)
     if body.into == identity:
         raise ValidationError("expected another identity to merge into, got the same", "/into")
     return IdentityBody.of(await change(parts, parts.gallery.merge_identity, identity, body.into))
@@ -62,6 +66,7 @@ async def merge_identity(parts: PartsDep, identity: Identity, body: MergeBody) -
 @router.post("/identities/{identity}/tracklets", responses=_CHANGES)
 async def assign_tracklets(parts: PartsDep, identity: Identity, body: AssignBody) -> AssignedBody:
     """Say that tracklets show this identity, all of them or none: names them, or splits others."""
+    tell(tracklets=body.tracklet_ids)
     moved = await change(parts, parts.gallery.assign, body.tracklet_ids, identity)
     return AssignedBody(identity=identity, changed=moved)
 
@@ -72,4 +77,5 @@ async def delete_identity(
 ) -> ErasedBody:
     """Erase an identity with all its tracklets, their embeddings and strips."""
     erased = await change(parts, parts.gallery.remove_identity, identity)
+    tell(count=len(erased.tracklet_ids))
     return ErasedBody(identity=erased.identity, tracklets=list(erased.tracklet_ids))

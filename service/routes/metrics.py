@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.metrics import OPENMETRICS, PLAIN, Metrics
+from service.readiness import Readiness
 from service.schemas import problem_responses
 
 router = APIRouter(tags=["status"])
@@ -35,6 +36,8 @@ async def get_metrics(request: Request) -> Response:
     # In a thread: the gallery is asked how much it holds, and may be busy. Not in one of those that
     # routes share, which may all wait for a disk that hangs.
     metrics: Metrics = request.app.state.parts.metrics
+    readiness: Readiness = request.app.state.readiness
+    metrics.tell_readiness(await readiness.ask())
     accept = request.headers.get("accept", "")
     text, media_type = await asyncio.to_thread(metrics.expose, accept)
     return Response(text, media_type=media_type)

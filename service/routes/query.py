@@ -10,6 +10,7 @@ from index.gallery import Embeddings, Gallery, TrackletRecord
 from index.ranking import decide
 from model.embedder import TrackletEmbedding
 from service.attention import to_contract_grid
+from service.auditing import tell
 from service.parts import (
     PAIR_PREFIXES,
     Found,
@@ -114,6 +115,14 @@ def _answer(
     result, threshold = found
     decision = decide(result.nearest, threshold)
     parts.metrics.observe_decision(result.nearest, decision)
+    best = result.matches[0].record if result.matches else None
+    # The first alone: whom the answer names besides, only who asks for them goes on to look at.
+    tell(
+        best_tracklet=None if best is None else best.tracklet_id,
+        best_identity=None if best is None else best.identity,
+        count=len(result.matches),
+        decision=decision,
+    )
     return QueryBody(
         matches=[
             MatchBody(
@@ -153,6 +162,7 @@ async def verify(
         for upload, each in zip(uploads, embedded, strict=True)
     )
     decision = decide(distance, threshold)
+    tell(decision=decision)
     return VerifyBody(
         distance=distance,
         same=None if decision is None else decision == "match",

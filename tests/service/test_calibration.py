@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from service.calibration import (
     calibrate_gallery,
     embed_folder,
     report,
+    warn_of_taught,
 )
 from service.calibration_picture import draw_calibration
 from service.client import ClientError
@@ -112,6 +114,27 @@ def test_a_folder_is_embedded_with_its_identities_and_cameras(
     assert found.cameras[:3] == ["cam0", "cam1", "cam0"]
     assert found.model == embedder.model
     assert all(len(batch) <= 8 for batch in embedder.batches)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "warned"),
+    [
+        ({"data": {"train_identities": ["person1", "person12", "somebody"]}}, True),
+        ({"start": {"data": {"parts": [{"train_identities": ["person1"]}]}}}, True),
+        ({"data": {"train_identities": ["somebody"]}}, False),
+        ({}, False),
+    ],
+    ids=["last training", "part of an earlier one", "others", "untold"],
+)
+def test_people_whom_the_weights_were_taught_are_warned_of(
+    folder: Path, provenance: dict[str, Any], warned: bool
+) -> None:
+    said = StringIO()
+
+    warn_of_taught(folder, provenance, Console(file=said, width=200))
+
+    assert ("1 of 12 people" in said.getvalue()) is warned
+    assert "person1" not in said.getvalue()
 
 
 def test_a_folder_of_few_people_supports_a_high_rate_only(

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -19,6 +20,7 @@ from uvicorn.server import ServerState
 
 from service import connections
 from service.connections import HEAD_BYTES, OTHER_DESCRIPTORS, Connections, allow_descriptors
+from service.hanging_up import while_connected
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware, SpareMiddleware
 from service.settings import LimitSettings
@@ -174,6 +176,36 @@ def test_a_connection_that_says_nothing_is_closed(base: type[asyncio.Protocol]) 
         assert await client.is_closed()
 
     run(claim, echo, bounds(head_s=SHORT_S), base)
+
+
+@both
+def test_an_app_that_waits_for_something_else_is_cancelled_when_its_client_hangs_up(
+    base: type[asyncio.Protocol],
+) -> None:
+    ended: list[str] = []
+
+    async def wait(scope: Scope, receive: Receive, _: Send) -> None:
+        await receive()
+        try:
+            async with while_connected(Request(scope)):  # it has nothing to ask but the connection
+                ended.append("begun")
+                await asyncio.sleep(WAIT_S)
+        except ClientDisconnect:
+            ended.append("hung up")
+
+    async def claim(server: Server) -> None:
+        client = await server.connect()
+        await client.send(POST + b"abcd")
+        async with asyncio.timeout(WAIT_S):
+            while not ended:
+                await asyncio.sleep(0.001)
+            client.close()
+            while len(ended) < 2:
+                await asyncio.sleep(0.001)
+
+        assert ended == ["begun", "hung up"]
+
+    run(claim, wait, bounds(), base)
 
 
 @both

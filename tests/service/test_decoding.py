@@ -16,8 +16,18 @@ import numpy as np
 import pytest
 
 from model.frames import Preprocessing
-from service import decoder_child, decoding
-from service.decoder_process import READY, pack_hello, pack_request, receive, send_all
+from service import clip_memory, decoder_child, decoding
+from service.decoder_process import (
+    DECODED,
+    NOWHERE,
+    PLACE,
+    PLACED,
+    READY,
+    pack_hello,
+    pack_request,
+    receive,
+    send_all,
+)
 from service.decoding import Decoders
 from service.errors import (
     DeadlineExceededError,
@@ -61,8 +71,8 @@ def misbehave(files, choice, limits, **options):
         Path(told + ".begun").write_text("")  # a pipe: whoever waits for it goes on
         Path(told).read_bytes()
     if said == "lie":
-        frames, length = map(int, told.split())
-        answer = decoder_process.DECODED, frames, 1, length, 0, 0, b"", 1, 0.0, 0.0
+        kind, frames, length = map(int, told.split())
+        answer = kind, frames, 1, length, 0, 0, b"", 1, 0.0, 0.0
         head = decoder_process.ANSWER.pack(*answer)
         os.write(int(sys.argv[1]), head)
     if said in ("crash once", "wait"):
@@ -196,7 +206,7 @@ def test_a_decoder_imports_no_network_and_no_framework() -> None:
     assert not heavy & set(done.stdout.split())
 
 
-def test_a_decoder_holds_nothing_but_its_socket(
+def test_a_decoder_holds_nothing_but_its_socket_and_its_memory(
     bad: Decoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No listening socket, no file of the gallery, no key."""
@@ -207,7 +217,9 @@ def test_a_decoder_holds_nothing_but_its_socket(
 
     opened = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
 
-    assert sorted(one.partition(":")[0] for one in opened) == 3 * ["/dev/null"] + ["socket"]
+    # The memory is for its own clips.
+    kinds = sorted(one.partition(":")[0].split()[0] for one in opened)
+    assert kinds == 3 * ["/dev/null"] + ["/memfd", "socket"]
     assert b"PASSERBY" not in Path(f"/proc/{pid}/environ").read_bytes()
 
 
@@ -254,20 +266,62 @@ def test_a_decoder_that_dies_once_is_replaced_and_asked_again(
 
 
 @pytest.mark.parametrize(
-    ("frames", "length"),
-    [(0, 0), (2**32 - 1, (2**32 - 1) * (64 * 32 * 3 + 4)), (1, 2**50)],
-    ids=["no frame", "frames", "bytes"],
+    ("kind", "frames", "length"),
+    [
+        (DECODED, 0, 0),
+        (DECODED, 2**32 - 1, (2**32 - 1) * (64 * 32 * 3 + 4)),
+        (DECODED, 1, 2**50),
+        (PLACED, 16, 16 * 4),
+        (17, 1, 1),
+    ],
+    ids=["no frame", "frames", "bytes", "more frames than a place holds", "kind"],
 )
 def test_a_decoder_that_answers_nonsense_is_replaced(
-    bad: Decoders, frames: int, length: int
+    bad: Decoders, kind: int, frames: int, length: int
 ) -> None:
     before = bad.pids
 
     with pytest.raises(UndecodableFrameError):
-        run(bad, told(f"lie:{frames} {length}"))
+        run(bad, told(f"lie:{kind} {frames} {length}"))
 
     assert_same(run(bad, GOOD), decode_upload(GOOD, CHOICE, LIMITS))
     assert bad.pids != before
+
+
+def test_clips_that_are_held_stay_as_they_are_while_others_are_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also those that found no place in the memory."""
+    size = CHOICE.used * CHOICE.preprocessing.height * CHOICE.preprocessing.width * 3
+    monkeypatch.setattr(clip_memory, "MEMORY_BYTES", 3 * size)
+    uploads = [{"frames": [encode(noise(seed), "JPEG")] * (1 + seed % 4)} for seed in range(9)]
+
+    with closing(Decoders(CHOICE, LIMITS, processes=1)) as decoders:
+        decoders.start()
+        held = [run(decoders, files) for files in uploads]
+        del held[1:8:2]
+        later = [run(decoders, files) for files in uploads]
+
+    for got, files in zip([*held, *later], [*uploads[::2], *uploads], strict=True):
+        assert_same(got, decode_upload(files, CHOICE, LIMITS))
+
+
+def test_a_clip_outlives_the_decoder_that_made_it(bad: Decoders) -> None:
+    clip = run(bad, GOOD).tracklet.clip
+
+    end(bad.pids[0])
+    run(bad, {"frames": [picture(GREEN)]})
+
+    assert np.array_equal(clip, decode_upload(GOOD, CHOICE, LIMITS).tracklet.clip)
+
+
+def test_without_shared_memory_clips_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a system that has none."""
+    monkeypatch.delattr(os, "memfd_create")
+
+    with closing(Decoders(CHOICE, LIMITS, processes=1)) as decoders:
+        decoders.start()
+        assert_same(run(decoders, GOOD), decode_upload(GOOD, CHOICE, LIMITS))
 
 
 def test_a_decoder_that_takes_too_long_is_replaced(bad: Decoders) -> None:
@@ -494,7 +548,7 @@ def test_a_decoder_that_is_stuck_when_its_parent_has_gone_ends_itself() -> None:
         send_all(ours, [pack_hello(CHOICE, PlainLimits.of(LIMITS))])
         assert receive(ours, 1) == READY
 
-        send_all(ours, pack_request(told("hang")))
+        send_all(ours, [PLACE.pack(NOWHERE), *pack_request(told("hang"))])
         ours.close()
 
         try:

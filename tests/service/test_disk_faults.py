@@ -35,6 +35,9 @@ pytestmark = [
 CLIENTS = 3
 MOST = 300  # enrolments of each, far more than the small disk holds
 FULL = "store: cannot write the gallery: the disk is full"
+# What the store does by itself: where the audit trail cannot be written either, and has no room
+# left that was kept for it, nothing is answered at all (tests of the trail).
+UNAUDITED = {"AUDIT__ENABLED": "false"}
 UPLOAD = as_frames(encode(noise(seed), "JPEG") for seed in range(4))
 
 
@@ -168,7 +171,7 @@ def refuse_writes(service: Service, refuse: bool) -> None:
 def test_a_disk_that_refuses_writes_refuses_enrolments_alone_until_it_takes_them_again(
     tmp_path: Path,
 ) -> None:
-    with serving(tmp_path) as service:
+    with serving(tmp_path, UNAUDITED) as service:
         acknowledged = [post(service).json()]
         refuse_writes(service, refuse=True)
         more, refused = enrol_together(service)
@@ -204,7 +207,7 @@ def test_a_disk_that_turns_read_only_is_told_and_read_until_the_end(
     """As Linux does with a broken one, under open files; mounted again, it has everything."""
     how = ("-t", "ext4", "-o", "loop", str(image))
     with Disk(tmp_path, *how, with_root=True) as disk:
-        with serving(tmp_path, within=disk.within) as service:
+        with serving(tmp_path, UNAUDITED, within=disk.within) as service:
             acknowledged = [post(service).json(), post(service).json()]
             disk.run("mount", "-o", "remount,abort")
             more, refused = enrol_together(service)

@@ -277,10 +277,10 @@ def test_a_picture_is_drawn_of_one_rate_and_of_several(tmp_path: Path, runs: int
 
 def test_a_picture_of_a_run_without_answers_is_drawn_too(tmp_path: Path) -> None:
     draw_latency([Run(5, 1, 10, [Sample(1, "not sent")])], tmp_path / "one.png")
-    draw_latency([Run(5, 1, 10, []), Run(9, 1, 10, [])], tmp_path / "two.png")
+    draw_latency([Run(5, 1, 10, []), Run(9, 1, 10, [])], tmp_path / "two.svg")
 
     assert (tmp_path / "one.png").exists()
-    assert (tmp_path / "two.png").exists()
+    assert (tmp_path / "two.svg").exists()
 
 
 READY = {"/readyz": httpx.Response(200), "/query": httpx.Response(200)}

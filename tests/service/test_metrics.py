@@ -1,6 +1,7 @@
 """What Prometheus sees: the contract's names, true numbers, and no series of a client's making."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +23,11 @@ from starlette.types import Message, Receive, Scope, Send
 from index.embedded import EmbeddedGallery
 from index.gallery import Counts, GalleryUnavailableError
 from service import problems
+from service.access import KeyMiddleware
+from service.keys import KeyRing
 from service.logs import note
 from service.metrics import DISTANCES, FRAMES, REASONS, STAGE_S, Metrics
-from service.middleware import KeyMiddleware, RequestMiddleware
+from service.middleware import RequestMiddleware
 from service.routes import metrics as metrics_routes
 from service.settings import LimitSettings
 from tests.service.conftest import Start, assert_problem, enrol
@@ -49,13 +52,22 @@ CONTRACT = {
     "decisions": ("counter", {"decision"}),
     "build_info": ("gauge", {"version", "model"}),
 }
+# What there is beside them.
+FURTHER: dict[str, tuple[str, set[str]]] = {
+    "ready": ("gauge", {"part"}),
+    "disk_free_bytes": ("gauge", set()),
+    "disk_size_bytes": ("gauge", set()),
+}
 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    """The metrics of an app whose queue and gallery are watched."""
+    """The metrics of an app whose queue, gallery, disk and readiness are watched."""
     made = Metrics(version="1.2.3", model="trsa-fake")
-    made.watch(queue=lambda: 3, counts=lambda: Counts(tracklets=5, identities=2))
+    made.watch(
+        queue=lambda: 3, counts=lambda: Counts(tracklets=5, identities=2), data_dir=Path.cwd()
+    )
+    made.tell_readiness({"worker": "ok", "store": "no"})
     return made
 
 
@@ -85,7 +97,7 @@ def test_names_types_and_labels_are_the_contracts(metrics: Metrics) -> None:
         for family in parse(scrape(metrics))
         if family.name.startswith("passerby_")
     }
-    assert found == CONTRACT
+    assert found == CONTRACT | FURTHER
 
 
 def test_counters_end_in_total_and_nothing_in_created(metrics: Metrics) -> None:
@@ -179,6 +191,19 @@ def test_a_gallery_out_of_reach_does_not_end_the_scrape(metrics: Metrics) -> Non
     assert value(metrics, "queue_tracklets") == 3
 
 
+def test_each_part_is_ready_or_not(metrics: Metrics) -> None:
+    assert value(metrics, "ready", part="worker") == 1
+    assert value(metrics, "ready", part="store") == 0
+
+
+def test_the_disk_is_that_of_the_data_directory(metrics: Metrics, tmp_path: Path) -> None:
+    size = value(metrics, "disk_size_bytes")
+    metrics.watch(queue=lambda: 0, counts=lambda: Counts(0, 0), data_dir=tmp_path / "not-yet")
+
+    assert size == shutil.disk_usage(Path.cwd()).total
+    assert value(metrics, "disk_free_bytes") is None
+
+
 def test_buckets_tell_apart_what_the_service_is_made_for() -> None:
     """A millisecond from a minute, one default tracklet from two, thresholds of both kinds."""
     assert (STAGE_S[0], STAGE_S[-1]) == (0.001, 60)
@@ -227,7 +252,7 @@ def test_anybody_else_gets_prometheus_own_format(metrics: Metrics, asked: str) -
 def test_the_page_describes_every_metric() -> None:
     page = PAGE.read_text(encoding="utf-8")
 
-    for name, (kind, labels) in CONTRACT.items():
+    for name, (kind, labels) in (CONTRACT | FURTHER).items():
         shown = f"passerby_{name}" + ("_total" if kind == "counter" else "")
         assert f"`{shown}`" in page
         assert all(f"`{label}`" in page for label in labels)
@@ -236,11 +261,16 @@ def test_the_page_describes_every_metric() -> None:
 # Through a small app.
 
 
+async def all_are_well() -> dict[str, str]:
+    return {"worker": "ok"}
+
+
 @pytest.fixture
 def app(metrics: Metrics) -> FastAPI:
     """An app with the middleware, an upload route and a route with a parameter."""
     made = FastAPI()
     made.state.parts = SimpleNamespace(metrics=metrics)
+    made.state.readiness = SimpleNamespace(ask=all_are_well)
     made.include_router(metrics_routes.router)
     problems.install(made)
 
@@ -378,7 +408,7 @@ def test_what_is_refused_elsewhere_is_no_rejected_upload(
 
 def test_metrics_need_a_key_where_keys_are_set(app: FastAPI) -> None:
     app.user_middleware.clear()
-    app.add_middleware(KeyMiddleware, keys=[SecretStr("k")])
+    app.add_middleware(KeyMiddleware, keys=KeyRing(given=[SecretStr("k")]))
     app.add_middleware(RequestMiddleware)
     client = TestClient(app)
 
@@ -407,12 +437,12 @@ def test_the_documentation_shows_an_example(client: TestClient) -> None:
 
 
 def scraped(client: TestClient) -> dict[str, float]:
-    """Every sample without labels but the reason's, by name."""
+    """Every sample without labels but the reason's and the part's, by name."""
     return {
-        sample.name.removeprefix("passerby_") + sample.labels.get("reason", ""): sample.value
+        sample.name.removeprefix("passerby_") + "".join(sample.labels.values()): sample.value
         for family in parse(client.get("/metrics").text)
         for sample in family.samples
-        if sample.labels.keys() <= {"reason"}
+        if sample.labels.keys() <= {"reason", "part"}
     }
 
 
@@ -451,5 +481,7 @@ def test_a_scrape_of_a_closed_gallery_tells_the_rest(
 
     found = scraped(client)
 
+    assert found["readystore"] == 0
+    assert found["readyworker"] in (0, 1)  # it may still be warming up
     assert "gallery_tracklets" not in found
     assert found["queue_tracklets"] == 0

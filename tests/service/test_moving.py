@@ -1,5 +1,6 @@
 """The commands that move a gallery: what they say, and that they do what they say."""
 
+import sqlite3
 from io import StringIO
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from typer.testing import CliRunner
 
 from index.archive import SnapshotError
 from index.embedded import EmbeddedGallery
-from index.gallery import Filters, GalleryUnavailableError
+from index.gallery import DamagedGalleryError, Filters, GalleryUnavailableError, NotFoundError
 from index.ledger import LedgerError
+from index.store import FILE_NAME
 from model.checkpoint import untrained_checkpoint
 from service import moving
 from service.moving import (
@@ -156,6 +158,24 @@ def test_a_running_service_is_said_to_hold_the_directory(
             run_restore(tmp_path / "a", data_dir, console, expected_model=None, replace=True)
         with pytest.raises(GalleryUnavailableError, match="got a gallery that is already open"):
             run_import(tmp_path / "people", data_dir, console)
+
+
+def test_a_damaged_tracklet_is_erased_so_that_the_gallery_starts_again(data_dir: Path) -> None:
+    [damaged, *others] = ids(data_dir)
+    with sqlite3.connect(data_dir / FILE_NAME) as connection:
+        connection.execute(
+            "UPDATE tracklets SET vector_checksum = vector_checksum + 1 WHERE tracklet_id = ?",
+            (damaged,),
+        )
+    connection.close()
+    with pytest.raises(DamagedGalleryError, match=f"{damaged}.*erase that tracklet"):
+        EmbeddedGallery(data_dir)
+
+    with pytest.raises(NotFoundError):
+        passerby("erase-tracklet", "no such", "--data-dir", data_dir)
+    assert passerby("erase-tracklet", damaged, "--data-dir", data_dir) == 0
+
+    assert ids(data_dir) == others
 
 
 def test_a_ledger_that_is_none_stops_a_restore_before_it_begins(

@@ -17,6 +17,7 @@ from tests.service.making import GOOD
 CONTRACT = {
     400: {"invalid-request", "invalid-cursor"},
     401: {"unauthenticated"},
+    403: {"forbidden"},
     404: {"not-found"},
     409: {"already-exists", "model-mismatch"},
     413: {"payload-too-large", "too-many-frames"},

@@ -45,6 +45,15 @@ VALUES: dict[str, tuple[str, Any]] = {
     "THRESHOLD": ("11.2", 11.2),
     "THUMBNAILS": ("false", False),
     "KEEP_FRAMES": ("true", True),
+    "CORS_ORIGINS": ("https://a.example, http://b:81", ("https://a.example", "http://b:81")),
+    "TRUSTED_PROXIES": ("10.0.0.7, fd00::/8", ("10.0.0.7", "fd00::/8")),
+    "OTLP_ENDPOINT": ("http://collector:4318", "http://collector:4318"),
+    "AUDIT__ENABLED": ("false", False),
+    "AUDIT__FILE_BYTES": ("100000", 100_000),
+    "AUDIT__FILES": ("3", 3),
+    "FIRST_KEY": ("true", True),
+    "INSECURE": ("true", True),
+    "RATE_LIMIT": ("600", 600),
     "LOG_FORMAT": ("json", "json"),
     "SHUTDOWN_GRACE_S": ("3", 3.0),
 }
@@ -78,7 +87,13 @@ def test_each_setting_is_a_flag_that_wins_over_its_variable(
     if other is not None:
         monkeypatch.setenv(f"PASSERBY_{name}", str(other))
     flag = "--" + name.lower().replace("__", ".").replace("_", "-")
-    switches = {"THUMBNAILS": "--no-thumbnails", "KEEP_FRAMES": "--keep-frames"}
+    switches = {
+        "THUMBNAILS": "--no-thumbnails",
+        "KEEP_FRAMES": "--keep-frames",
+        "AUDIT__ENABLED": "--no-audit.enabled",
+        "FIRST_KEY": "--first-key",
+        "INSECURE": "--insecure",
+    }
     flags = [switches[name]] if name in switches else [flag, text]
 
     assert value_of(Settings.load(flags), name) == expected
@@ -118,7 +133,8 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch, name: s
     [("PORT", "eighty"), ("PORT", "70000"), ("PRECISION", "int8"), ("THRESHOLD", "nan"),
      ("THRESHOLD", "-1"), ("BATCH__MAX_FRAMES", "0"), ("QUEUE__DEADLINE_S", "0"),
      ("LIMITS__FRAMES", "many"), ("LOG_FORMAT", "xml"), ("THUMBNAILS", "perhaps"),
-     ("WEIGHTS", "")],
+     ("WEIGHTS", ""), ("CORS_ORIGINS", "*"), ("CORS_ORIGINS", "https://a.example/x"),
+     ("TRUSTED_PROXIES", "proxy"), ("TRUSTED_PROXIES", "*"), ("OTLP_ENDPOINT", "collector")],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str, text: str

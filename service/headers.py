@@ -1,0 +1,130 @@
+"""What browsers are told about every answer: what it is, who may show it, who may keep it."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# An answer is data: whatever a browser takes it for, nothing in it is to be run, loaded or framed.
+DATA_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+HEADERS: Mapping[str, str] = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    # Nearly every answer is about somebody, and the others are short.
+    "Cache-Control": "no-store",
+}
+POLICY = b"content-security-policy"
+# For pages of other origins, where the settings name them.
+CORS_METHODS = ("GET", "POST", "PATCH", "DELETE")
+CORS_REQUEST_HEADERS = ("Authorization", "Content-Type", "X-API-Key", "X-Request-ID")
+CORS_ANSWER_HEADERS = ("Location", "Retry-After", "X-Request-ID")
+_SCRIPT = re.compile(r"<script([^>]*)>(.*?)</script>", re.DOTALL)
+_LINK = re.compile(r"<link([^>]*)>")
+_ADDRESS = re.compile(r"(?:src|href)=\"(https://[^\"]+)\"")
+
+
+class HeadersMiddleware:
+    """Adds security headers to each answer, where it does not say otherwise itself.
+
+    Args:
+        app: What is behind it.
+        policies: Content security policies by path, of pages that are more than data.
+    """
+
+    def __init__(self, app: ASGIApp, policies: Mapping[str, str]) -> None:
+        self._app = app
+        self._policies = {path: policy.encode() for path, policy in policies.items()}
+        self._data_policy = DATA_POLICY.encode()
+        self._headers = [(name.lower().encode(), text.encode()) for name, text in HEADERS.items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        policy = self._policies.get(scope["path"], self._data_policy)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                said = list(message.get("headers", ()))
+                names = {name.lower() for name, _ in said}
+                added = [*self._headers, (POLICY, policy)]
+                message["headers"] = said + [one for one in added if one[0] not in names]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+def page_policies(app: FastAPI) -> dict[str, str]:
+    """Policies of an app's pages of documentation, by path.
+
+    Args:
+        app: With its routes.
+    """
+    openapi_url, title = app.openapi_url or "", app.title
+    pages = {}
+    if app.docs_url:
+        html = get_swagger_ui_html(
+            openapi_url=openapi_url,
+            title=f"{title} - Swagger UI",
+            oauth2_redirect_url=app.swagger_ui_oauth2_redirect_url,
+            init_oauth=app.swagger_ui_init_oauth,
+            swagger_ui_parameters=app.swagger_ui_parameters,
+        )
+        pages[app.docs_url] = policy_of(bytes(html.body).decode())
+    if app.redoc_url:
+        html = get_redoc_html(openapi_url=openapi_url, title=f"{title} - ReDoc")
+        pages[app.redoc_url] = policy_of(bytes(html.body).decode())
+    return pages
+
+
+def policy_of(html: str) -> str:
+    """The content security policy under which a page of ours works, and not much else.
+
+    Scripts written in it are named by their digest, files by where they come from.
+
+    Args:
+        html: The page. It must show nothing that a client sent.
+    """
+    scripts = [
+        _origin(attributes) or _digest(script) for attributes, script in _SCRIPT.findall(html)
+    ]
+    links = [_origin(attributes) for attributes in _LINK.findall(html)]
+    allowed = " ".join(dict.fromkeys(scripts)) or "'none'"
+    linked = " ".join(["'self'", *dict.fromkeys(filter(None, links))])
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {allowed}",
+            # What these pages' scripts draw is styled in place.
+            f"style-src 'unsafe-inline' {linked}",
+            f"font-src {linked}",
+            f"img-src data: {linked}",
+            "connect-src 'self'",
+            "worker-src blob:",
+            "frame-ancestors 'none'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def _origin(attributes: str) -> str:
+    """Where a tag loads a file from; empty where it names no other place."""
+    found = _ADDRESS.search(attributes)
+    if found is None:
+        return ""
+    parts = urlsplit(found[1])
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _digest(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
