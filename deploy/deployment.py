@@ -119,11 +119,13 @@ class Deployment:
             self._publish = f"127.0.0.1:{probe.getsockname()[1]}"
         self.address = f"http://{self._publish}"
         self.key: str | None = None
+        self._used: list[Checkout] = []
         self.use(checkout)
 
     def use(self, checkout: Checkout) -> None:
         """Run another version from the next command on."""
         self._checkout = checkout
+        self._used.append(checkout)
         laid_over: dict[str, Any] = {"services": {SERVICE: {"image": checkout.image}}}
         if self._volume is not None:
             laid_over["volumes"] = {"passerby-data": self._volume}
@@ -203,12 +205,20 @@ class Deployment:
         return self.compose("logs", SERVICE)
 
     def state(self) -> dict[str, Any]:
-        """What the engine says of the container: ``RestartCount``, ``State`` and so on."""
-        [container] = self.compose("ps", "-q", SERVICE).split()
-        [found] = json.loads(run("docker", "inspect", container))
-        state: dict[str, Any] = found
-        return state
+        """What the engine says of the container: ``RestartCount``, ``State`` and so on.
+
+        Raises:
+            DeploymentError: There is none, or no engine that would say it.
+        """
+        containers = self.compose("ps", "-a", "-q", SERVICE).split()
+        if len(containers) != 1:
+            raise DeploymentError(f"expected one container of {self.name}, got {len(containers)}")
+        [state] = json.loads(run("docker", "inspect", *containers))
+        found: dict[str, Any] = state
+        return found
 
     def remove(self) -> None:
-        """Take it down, with its data."""
-        self.compose("down", "--volumes", "--timeout", "10")
+        """Take it down, with its data: all that any version's compose file has made."""
+        for checkout in dict.fromkeys(self._used):
+            self.use(checkout)
+            self.compose("down", "--volumes", "--timeout", "10")
