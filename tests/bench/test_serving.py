@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -239,6 +240,19 @@ def test_an_unknown_kind_of_request_is_refused(bodies: Path) -> None:
         Requests(bodies).get("x", 0)
 
 
+def test_usage_counts_the_threads_of_children() -> None:
+    """Of a process of its own: here, threads of other tests may come to their end meanwhile."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as parent:
+        while not descendants(parent.pid):
+            time.sleep(0.001)
+
+        counted = usage_of(parent.pid).threads
+        parent.communicate(b"\n")
+
+    assert counted == 2
+
+
 def test_usage_sees_an_open_socket_and_a_child() -> None:
     before = usage_of(os.getpid())
     with (
@@ -252,7 +266,6 @@ def test_usage_sees_an_open_socket_and_a_child() -> None:
     assert child.pid in children
     assert during.sockets == before.sockets + 1
     assert len(during.children_rss) == len(before.children_rss) + 1
-    assert during.threads > before.threads
     assert during.memory > during.rss > 0
 
 
