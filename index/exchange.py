@@ -32,6 +32,8 @@ GREATEST_DIMENSION = 65536
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _CAMERA = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Of the frames, and, where it was enrolled over HTTP, of the fields that came with them.
+_CONTENT = re.compile(r"[0-9a-f]{64}(:[0-9a-f]{64})?")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)")
 _MOST_FRAMES = 2**31 - 1
 _TIMES = frozenset({"start_time", "end_time", "created_at", "expires_at"})
@@ -251,7 +253,7 @@ _READERS: Mapping[str, Reader] = {
     "frames_used": _frames,
     "model": _matching(_NAME),
     "created_at": _time,
-    "content": _matching(_SHA256),
+    "content": _matching(_CONTENT),
     "expires_at": _optional(_time),
     "quality": _optional(_object),
     "strip_sha256": _optional(_matching(_SHA256)),

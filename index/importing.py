@@ -124,7 +124,7 @@ def import_gallery(
         if (data_dir / FILE_NAME).exists():  # else none is made before the folder is known as good
             store = stack.enter_context(_opened(data_dir, storage))
             _check_fit(source.manifest, store)
-        plan = _examine(source, store, theirs, progress)
+        plan = _examine(source, store, _joined(ledgers), progress)
         store = store or stack.enter_context(_opened(data_dir, storage))
         was_empty = store.content().tracklets == 0
         with store.transaction() as transaction:
@@ -163,9 +163,10 @@ def _check_fit(manifest: ExportManifest, store: Store) -> None:
         raise ExchangeError(message)
 
 
-def _examine(source: "_Source", store: Store | None, theirs: Erasures, progress: Progress) -> _Plan:
+def _examine(source: "_Source", store: Store | None, others: Erasures, progress: Progress) -> _Plan:
     """Read all of the folder, and decide for each tracklet; nothing is written."""
-    ledger = _joined([theirs, store.erasures()]) if store else theirs
+    # Whoever is in the folder outlived what its own ledger says: a name may be given again.
+    ledger = _joined([others, store.erasures()] if store else [others]).without(source.ledger)
     plan = _Plan()
     for part in source.parts(progress, "checking"):
         contents = _contents(store, part) if store else {}

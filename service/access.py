@@ -4,7 +4,7 @@ import base64
 import binascii
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -87,11 +87,13 @@ class Access:
         key: Theirs; None where the service asks for none.
         route: Template of the path, like ``/gallery/{tracklet_id}``; None where no rule has it.
         rule: Of the route.
+        about: What stands in the path in place of the template's names.
     """
 
     key: Key | None
     route: str | None
     rule: Rule
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_rule(method: str, path: str) -> tuple[str | None, Rule]:
@@ -104,6 +106,14 @@ def find_rule(method: str, path: str) -> tuple[str | None, Rule]:
         if needed == method and pattern.match(path):
             return template, RULES[method, template]
     return None, UNKNOWN_RULE
+
+
+def _named_in(route: str | None, path: str) -> Mapping[str, str]:
+    """The parameters of a path; who is refused before the router has them, too."""
+    for _, pattern, template in _TEMPLATES:
+        if template == route and (match := pattern.match(path)):
+            return match.groupdict()
+    return {}
 
 
 async def check_rule(request: Request) -> None:
@@ -150,7 +160,7 @@ class KeyMiddleware:
             if self._per_minute is not None and not await self._admits(key, self._per_minute):
                 await _too_many(self._per_minute)(scope, receive, send)
                 return
-        scope[SCOPE_KEY] = Access(key, route, rule)
+        scope[SCOPE_KEY] = Access(key, route, rule, _named_in(route, scope["path"]))
         await self._app(scope, receive, send)
 
     def _identify(self, scope: Scope, rule: Rule) -> tuple[Key | None, str]:

@@ -133,6 +133,18 @@ def _settle_salt(directory: Path) -> bytes:
     return read_salt(directory)
 
 
+def _check_in_place(file: os.stat_result) -> None:
+    """Refuse to write where nobody will read.
+
+    Raises:
+        AuditUnavailableError: The file has been removed.
+    """
+    if file.st_nlink == 0:
+        raise AuditUnavailableError(
+            "the file of the audit trail was removed; restart the service to begin another"
+        )
+
+
 class Trail:
     """The files of a trail, open for appending; any thread may append.
 
@@ -207,7 +219,9 @@ class Trail:
         # A command may append as well; whoever cuts off a part of a line must not meet another's.
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
-            size = os.fstat(self._file).st_size
+            found = os.fstat(self._file)
+            _check_in_place(found)
+            size = found.st_size
             written = 0
             try:
                 while written < len(content):
@@ -296,7 +310,7 @@ class Trail:
             self._writer.submit(self.append, line)
 
     def check(self) -> None:
-        """Return where the trail can be written.
+        """Return where the trail can be written, and its file is still where it was.
 
         Where it could not last time, it is tried with a line that says since when.
 
@@ -305,6 +319,9 @@ class Trail:
             AuditUnavailableError: It cannot be written for another reason.
         """
         self._resume()
+        with _told(), self._lock:
+            if self._file >= 0:
+                _check_in_place(os.fstat(self._file))
 
     def sync(self) -> None:
         """Bring what was written to the disk.

@@ -1,6 +1,7 @@
 """What a request tells the audit trail, and when: before its answer, and before a change."""
 
 import asyncio
+import ipaddress
 import logging
 import secrets
 from collections.abc import Mapping
@@ -54,20 +55,28 @@ class _Deed:
         """Its line; without a status while nobody knows how it ends."""
         key = self._access.key
         client = self._scope.get("client")
-        path = self._scope.get("path_params", {})
+        path = self._access.about
         return {
             "id": self._id,
             "action": self._access.rule.action,
             "key": None if key is None else key.label,
             "key_id": None if key is None else key.key_id,
             "role": None if key is None else key.role,
-            "address": None if client is None else client[0],
+            "address": None if client is None else _address(client[0]),
             "request_id": request_id.get(),
             "tracklet": path.get("tracklet_id"),
             "identity": path.get("identity"),
             **self._about,
             "status": status,
         }
+
+
+def _address(told: str) -> str | None:
+    """An address; a proxy may pass on whatever its client called itself."""
+    try:
+        return str(ipaddress.ip_address(told))
+    except ValueError:
+        return None
 
 
 _deed: ContextVar[_Deed | None] = ContextVar("deed", default=None)

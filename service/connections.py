@@ -5,6 +5,7 @@ import enum
 import http
 import logging
 import resource
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -27,6 +28,9 @@ HEAD_BYTES = 64 * 1024  # browsers send 2 KiB, proxies allow 8 to 64
 # Connections beyond the bound that are still let in, so that a full service can say that it is
 # well. As many are on their way to a refusal at the same time, or a probe finds no room.
 SPARE = 32
+# Seconds after which a connection that has asked for nothing yet makes room for another one, where
+# there is no other room. Thousands that say nothing cost no more than that.
+SILENT_S = 1.0
 # Seconds between two lines about connections that were turned away.
 TELL_S = 1.0
 # The store, its readers, decoders, libraries: descriptors that are no connections.
@@ -65,6 +69,7 @@ class Connections:
         self._limits = limits
         self._metrics = metrics
         self._free = {_Place.REGULAR: limits.connections, _Place.SPARE: spare}
+        self._silent: dict[_BoundedProtocol, float] = {}  # since when, the oldest first
         self._turned_away = 0
         self.head_s = head_s
 
@@ -77,13 +82,25 @@ class Connections:
         """One of uvicorn's protocols under these bounds."""
         return type("BoundedProtocol", (_BoundedProtocol, base), {"bounds": self})
 
-    def enter(self) -> _Place | None:
-        """Take a place; None where all are taken."""
+    def enter(self, protocol: "_BoundedProtocol") -> _Place | None:
+        """Take a place, from who has been silent for long where none is free; None for none."""
+        if not self._free[_Place.REGULAR]:
+            self._make_room()
         for place in _Place:
             if self._free[place] > 0:
                 self._free[place] -= 1
+                self._silent[protocol] = time.monotonic()
                 return place
         return None
+
+    def _make_room(self) -> None:
+        oldest = next(iter(self._silent), None)
+        if oldest is not None and time.monotonic() - self._silent[oldest] > SILENT_S:
+            oldest.give_way()
+
+    def heard(self, protocol: "_BoundedProtocol") -> None:
+        """Know that a connection has asked for something."""
+        self._silent.pop(protocol, None)
 
     def leave(self, place: _Place) -> None:
         """Give a place back."""
@@ -130,7 +147,7 @@ class _BoundedProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Let a connection in, or turn it away (asyncio)."""
         self._hang_up = HangUp()
-        self._place = self.bounds.enter()
+        self._place = self.bounds.enter(self)
         if self._place is None:
             self.transport = transport
             self.bounds.turn_away(transport)
@@ -144,11 +161,20 @@ class _BoundedProtocol(asyncio.Protocol):
         """Give the place back (asyncio)."""
         self._stop_clock()
         self._stop_waiting()
+        self._leave()
+        super().connection_lost(exc)
+        self._hang_up.happen()
+
+    def give_way(self) -> None:
+        """Make room at once; nothing was asked for."""
+        self._leave()
+        self.transport.abort()
+
+    def _leave(self) -> None:
+        self.bounds.heard(self)
         if self._place is not None:
             self.bounds.leave(self._place)
             self._place = None
-        super().connection_lost(exc)
-        self._hang_up.happen()
 
     def pause_writing(self) -> None:
         """Wait for a client to read, but not for ever (asyncio)."""
@@ -177,6 +203,7 @@ class _BoundedProtocol(asyncio.Protocol):
         super().data_received(data)
         if self.cycle is not self._last_cycle:
             self._last_cycle = self.cycle
+            self.bounds.heard(self)
             self._stop_clock()
         elif self._clock is None and self._is_idle():
             # Not a head where the answer came before the end of the body: who still sends that has

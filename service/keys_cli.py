@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from service.audit import DIRECTORY, Trail
@@ -167,12 +168,12 @@ def _print_lines(lines: Sequence[Line]) -> None:
     for line in lines:
         table.add_row(
             _moment(datetime.fromisoformat(line["time"])),
-            str(line.get("key") or line.get("by") or ""),
-            str(line.get("action")),
+            _plain(line.get("key") or line.get("by") or ""),
+            _plain(line.get("action")),
             _told(line, "about", "tracklet", "tracklets", "identity", "into"),
             _told(line, "best_identity", "best_tracklet", "decision"),
-            str(line.get("status", "" if "id" not in line else "cut off")),
-            str(line.get("address", "")),
+            _plain(line.get("status", "" if "id" not in line else "cut off")),
+            _plain(line.get("address", "")),
         )
     _out.print(table)
 
@@ -180,7 +181,12 @@ def _print_lines(lines: Sequence[Line]) -> None:
 def _told(line: Line, *fields: str) -> str:
     found: list[Any] = [line[field] for field in fields if line.get(field) is not None]
     listed = (one if isinstance(one, list) else [one] for one in found)
-    return ", ".join(_short(str(one)) for some in listed for one in some)
+    return ", ".join(_plain(_short(str(one))) for some in listed for one in some)
+
+
+def _plain(value: object) -> str:
+    """What a client may have chosen, as text for a table that has markup."""
+    return escape(str(value))
 
 
 def _short(name: str) -> str:

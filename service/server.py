@@ -26,7 +26,8 @@ from model.embedder import Embedder
 from service.app import create_app, make_decoders
 from service.audit import DIRECTORY, Trail
 from service.connections import SPARE, Connections, allow_descriptors
-from service.keys import Key, KeyRing, create_key
+from service.errors import KeysError
+from service.keys import Key, KeyRing, create_key, revoke_key
 from service.logs import flush_logs
 from service.parts import Parts
 from service.settings import UNTRAINED, InvalidSettingsError, Settings
@@ -217,12 +218,21 @@ def make_first_key(settings: Settings, keys: KeyRing, trail: Trail | None) -> No
             line = {"action": "create-key", "by": "first start"}
             trail.append({**line, "about": key.label, "about_id": key.key_id})
 
-    _, secret = create_key(settings.data_dir, "admin", FIRST_LABEL, tell=tell)
+    key, secret = create_key(settings.data_dir, "admin", FIRST_LABEL, tell=tell)
+    try:
+        if sys.stdout is None:
+            raise OSError("there is no standard output")
+        # Past the log, which is kept and sent around: this is the only time that it can be read.
+        heading = "The first key of this service, with role admin; it is shown this once:"
+        sys.stdout.write(f"{heading}\n\n    {secret}\n\n")
+        sys.stdout.flush()
+    except OSError as error:
+        revoke_key(settings.data_dir, key.key_id)
+        raise KeysError(
+            f"cannot print the first key ({error}), so it was revoked; make one with "
+            "`passerby keys create --role admin --label NAME`"
+        ) from error
     keys.refresh()
-    # Past the log, which is kept and sent around: this is the only time that it can be read.
-    heading = "The first key of this service, with role admin; it is shown this once:"
-    sys.stdout.write(f"{heading}\n\n    {secret}\n\n")
-    sys.stdout.flush()
     log.info("made the first key and printed it", extra={"key_label": FIRST_LABEL})
 
 

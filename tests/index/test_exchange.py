@@ -317,6 +317,34 @@ def test_the_example_of_the_documentation_reads_an_export(
 # An import
 
 
+def test_what_the_service_enrolled_comes_back(tmp_path: Path) -> None:
+    """It sums the fields, too."""
+    content = f"{'a' * 64}:{'b' * 64}"
+    with EmbeddedGallery(tmp_path / "one") as gallery:
+        gallery.add([make_enrolment("t1", [1.0, 2.0], content=content)])
+    export_gallery(tmp_path / "one", tmp_path / "folder")
+
+    import_gallery(tmp_path / "folder", tmp_path / "two")
+
+    with EmbeddedGallery(tmp_path / "two") as gallery:
+        assert gallery.get("t1").content == content
+
+
+def test_who_got_the_name_of_somebody_erased_comes_back(tmp_path: Path) -> None:
+    with EmbeddedGallery(tmp_path / "one") as gallery:
+        gallery.add([make_enrolment(f"t{row}", [row, 1.0], identity=f"p{row}") for row in (1, 2)])
+        gallery.remove_identity("p1")
+        gallery.rename_identity("p2", "p1")
+    export_gallery(tmp_path / "one", tmp_path / "folder")
+
+    for _ in range(2):  # the ledger is in the gallery the second time
+        import_gallery(tmp_path / "folder", tmp_path / "two")
+
+    with EmbeddedGallery(tmp_path / "two") as gallery:
+        assert gallery.get("t2").identity == "p1"
+        assert gallery.counts().tracklets == 1
+
+
 def test_an_import_can_be_repeated(full: Path, folder: Path) -> None:
     import_gallery(folder, full.parent / "other")
 

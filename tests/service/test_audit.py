@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from index.embedded import EmbeddedGallery
 from index.gallery import StorageFullError
@@ -20,6 +21,7 @@ from service import audit as audit_module
 from service.app import create_app
 from service.audit import Pseudonyms, Trail, files_of
 from service.audit_reading import Reading, Sought
+from service.cli import app
 from service.errors import AuditError, AuditUnavailableError
 from service.keys import KeyRing, create_key
 from service.settings import Settings
@@ -47,8 +49,8 @@ def audited(
     """A client of a service with a trail, with the key "gate" of an admin."""
     _, secret = create_key(tmp_path / DATA, "admin", "gate")
     ring = KeyRing(tmp_path / DATA)
-    app = create_app(embedder, gallery, Settings(threshold=5), keys=ring, trail=trail)
-    with TestClient(app, headers={"X-API-Key": secret}, client=("10.1.2.3", 4)) as client:
+    made = create_app(embedder, gallery, Settings(threshold=5), keys=ring, trail=trail)
+    with TestClient(made, headers={"X-API-Key": secret}, client=("10.1.2.3", 4)) as client:
         yield client
 
 
@@ -159,6 +161,43 @@ def test_what_was_refused_is_told_with_its_status(audited: TestClient, tmp_path:
     assert told == [
         ("kiosk", "erase-identity", 403), ("gate", "read-tracklet", 404), ("gate", "query", 415)
     ]  # fmt: skip
+
+
+def test_what_a_role_did_not_reach_is_told_with_whom_it_was_about(
+    audited: TestClient, tmp_path: Path
+) -> None:
+    _, secret = create_key(tmp_path / DATA, "read", "reader")
+    audited.app.state.keys.refresh()  # type: ignore[attr-defined]
+    enrol(audited, tracklet_id="t1", identity="p1")
+
+    for path in ("/gallery/t1", "/identities/p1"):
+        assert audited.delete(path, headers={"X-API-Key": secret}).status_code == 403
+
+    assert [one["status"] for one in lines(tmp_path, tracklet="t1", label="reader")] == [403]
+    assert [one["status"] for one in lines(tmp_path, identity="p1", label="reader")] == [403]
+
+
+def test_a_trail_whose_file_was_removed_takes_no_line_and_is_told_of(trail: Trail) -> None:
+    trail.append({"action": "query"})
+    for one in files_of(trail._directory):
+        one.unlink()
+
+    with pytest.raises(AuditUnavailableError, match="was removed"):
+        trail.check()
+    with pytest.raises(AuditUnavailableError, match="was removed"):
+        trail.append({"action": "query"})
+
+
+def test_what_a_client_calls_itself_is_no_address_and_no_markup(
+    audited: TestClient, tmp_path: Path
+) -> None:
+    """Behind a proxy that is believed, and passes on whatever it got."""
+    TestClient(audited.app, headers=audited.headers, client=("[/foo]x", 4)).get("/gallery")
+
+    [line] = lines(tmp_path, action="list-tracklets")
+    assert line.get("address") is None
+    done = CliRunner().invoke(app, ["audit", "--data-dir", str(tmp_path / DATA)])
+    assert done.exit_code == 0
 
 
 def test_no_name_no_image_no_vector_and_no_key_is_in_its_files(

@@ -4,8 +4,11 @@ import io
 import json
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +339,18 @@ def test_a_running_service_follows_the_commands(tmp_path: Path) -> None:
     told = [one["action"] for one in Reading(tmp_path / "data").lines(Sought())]
     assert {"create-key", "list-tracklets", "revoke-key"} <= set(told)
     assert secret not in service.log()
+
+
+@pytest.mark.parametrize("output", ["full", "none"])
+def test_a_first_key_that_cannot_be_printed_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    settings = Settings(data_dir=tmp_path, first_key=True)
+    # Closed, it tries once more what it could not write.
+    with suppress(OSError), Path("/dev/full").open("w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full if output == "full" else None)
+        with pytest.raises(KeysError, match="keys create --role admin"):
+            make_first_key(settings, KeyRing(tmp_path), None)
+        monkeypatch.undo()
+
+    assert [key.state(datetime.now(UTC)) for key in read_keys(tmp_path)] == ["revoked"]
