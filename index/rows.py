@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, overload
 
-from index.gallery import Filters, TrackletRecord
+from index.gallery import Filters, GalleryUnavailableError, TrackletRecord
 
 # The order of `to_row` and `to_stored`.
 RECORD = (
@@ -66,8 +66,22 @@ def to_row(record: TrackletRecord) -> tuple[Any, ...]:
 
 
 def to_stored(row: tuple[Any, ...]) -> Stored:
-    """The record in a row of `RECORD`."""
-    record = TrackletRecord(
+    """The record in a row of `RECORD`.
+
+    Raises:
+        GalleryUnavailableError: It was damaged; the message names its tracklet.
+    """
+    try:
+        return Stored(row[0], _to_record(row))
+    except (ValueError, OverflowError, TypeError) as error:
+        raise GalleryUnavailableError(
+            f"expected a record of the tracklet {row[1]} that can be read, got a damaged one. "
+            "Restore a snapshot, or stop the service and erase that tracklet"
+        ) from error
+
+
+def _to_record(row: tuple[Any, ...]) -> TrackletRecord:
+    return TrackletRecord(
         tracklet_id=row[1],
         identity=row[2],
         camera=row[3],
@@ -82,7 +96,6 @@ def to_stored(row: tuple[Any, ...]) -> Stored:
         expires_at=from_microseconds(row[12]),
         quality=None if row[13] is None else json.loads(row[13]),
     )
-    return Stored(row[0], record)
 
 
 def where(filters: Filters) -> tuple[str, list[Any]]:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.errors import ForbiddenError, RateLimitedError, UnauthenticatedError
 from service.keys import Key, KeyRing, Role, includes
 from service.logs import note
-from service.middleware import first_header
+from service.middleware import ROUTE_KEY, first_header
 from service.problems import KINDS, problem
 from service.schemas import problem_responses
 
@@ -149,6 +149,7 @@ class KeyMiddleware:
             await self._app(scope, receive, send)
             return
         route, rule = find_rule(scope["method"], scope["path"])
+        scope[ROUTE_KEY] = route
         key = None
         if rule.role is not None:
             if self._keys.is_closed:
@@ -213,7 +214,9 @@ def _too_many(per_minute: int) -> Response:
     detail = f"expected at most {per_minute} requests a minute with one key, got more"
     # So long until the bucket has leaked one request's worth.
     headers = {"Retry-After": str(math.ceil(60 / per_minute))}
-    return problem(KINDS[RateLimitedError], detail, headers=headers)
+    answer = problem(KINDS[RateLimitedError], detail, headers=headers)
+    note(problem="rate-limited")  # or it would count as a service that has too much to do
+    return answer
 
 
 class RoleMiddleware:

@@ -29,6 +29,8 @@ DRAIN_S = 5.0
 SPARE_DRAIN_S = 0.5
 # Key of the scope's ``state`` that marks a connection beyond the bound on connections.
 SPARE_STATE = "spare_connection"
+# Key of the scope for the template of a path that is refused before it is routed.
+ROUTE_KEY = "passerby.route"
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}  # asked every few seconds
 UPLOAD_PATHS = frozenset({"/gallery", "/query", "/embed", "/verify"})
@@ -117,16 +119,20 @@ class _Running:
         """
         seconds = time.perf_counter() - self._started
         scope = self._scope
-        route = getattr(scope.get("route"), "path", UNKNOWN)
+        # Whoever is refused at the door has not been routed.
+        route = getattr(scope.get("route"), "path", None) or scope.get(ROUTE_KEY) or UNKNOWN
         self._metrics.end_request(route, status, seconds)
         reason = self._notes.get("problem")
         if reason is not None and scope["method"] == "POST" and scope["path"] in UPLOAD_PATHS:
             self._metrics.reject(str(reason))
+        client = scope.get("client")
         return {
             "method": scope["method"],
             "route": route,
             "status": status,
             "duration_ms": round(seconds * 1000, 1),
+            # Of nobody else: who guesses keys has to be found.
+            **({"address": client[0]} if client and status in (401, 403) else {}),
             **self._notes,
         }
 

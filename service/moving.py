@@ -130,7 +130,7 @@ def erase_command(
     tracklet_id: Annotated[str, typer.Argument(help="As the refusal to start names it.")],
     data_dir: DataDir = _DATA,
 ) -> None:
-    """Erase a tracklet whose embedding was damaged: the gallery does not start with it."""
+    """Erase a tracklet that was damaged on the disk, so that the gallery starts or shows it."""
     run_erase(data_dir, tracklet_id, _console)
 
 
@@ -167,8 +167,8 @@ def run_erase(data_dir: Path, tracklet_id: str, console: Console) -> None:
     Raises:
         GalleryError: It is not there, or the gallery is open elsewhere; nothing has changed.
     """
-    record = erase_stored(data_dir, tracklet_id)
-    whose = "of nobody" if record.identity is None else f"of {record.identity}"
+    identity = erase_stored(data_dir, tracklet_id)
+    whose = "of nobody" if identity is None else f"of {identity}"
     _say(console, f"erased {tracklet_id} {whose}; enrol it again if its frames are still there")
 
 

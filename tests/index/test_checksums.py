@@ -275,7 +275,7 @@ def test_a_damaged_tracklet_can_be_erased_without_opening_the_gallery(full: Path
 
     erased = erase_stored(full, "t7", clock=lambda: NOON)
 
-    assert erased.tracklet_id == "t7"
+    assert erased == "p7"
     with EmbeddedGallery(full) as gallery:
         assert len(gallery.list(Filters(), limit=100).records) == ROWS - 1
         assert len(gallery.erasures().entries) == 1
@@ -367,3 +367,25 @@ def test_what_a_killed_restore_left_is_gone_when_the_gallery_is_opened(
     with EmbeddedGallery(full) as gallery:
         assert not left.exists()
         gallery.add([enrol("new", [1] * DIMENSION)])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("metadata", "{"), ("quality", "["), ("created_at", 2**62)],
+    ids=["metadata", "quality", "time"],
+)
+def test_a_record_that_cannot_be_read_is_named_and_can_be_erased(
+    full: Path, column: str, value: str | int
+) -> None:
+    with closing(sqlite3.connect(full / FILE_NAME)) as connection, connection:
+        text = f"UPDATE tracklets SET {column} = ? WHERE tracklet_id = 't7'"  # noqa: S608
+        connection.execute(text, (value,))
+
+    with EmbeddedGallery(full) as gallery:
+        with pytest.raises(GalleryUnavailableError, match="record of the tracklet t7"):
+            gallery.get("t7")
+        assert gallery.get("t8").tracklet_id == "t8"
+
+    assert erase_stored(full, "t7") == "p7"
+    with EmbeddedGallery(full) as gallery:
+        assert gallery.counts().tracklets == ROWS - 1

@@ -469,3 +469,29 @@ def test_an_enrolment_needs_more_than_to_read(closed: TestClient, secrets: dict[
 
     assert closed.get("/gallery/t9").status_code == 200
     assert_problem(closed.post("/gallery", files=GOOD), 403, "forbidden")
+
+
+def test_who_is_refused_at_the_door_is_in_the_log_with_route_and_address(
+    closed: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody who guesses keys has to be found; nobody else's address is kept there."""
+    caplog.set_level(logging.INFO, "passerby.request")
+
+    closed.get("/gallery/t", headers=bearer("passerby_wrong"))
+    closed.get("/livez")
+
+    line = caplog.records[0]
+    assert (line.route, line.status, line.address) == ("/gallery/{tracklet_id}", 401, "testclient")  # type: ignore[attr-defined]
+    assert not any(hasattr(one, "address") for one in caplog.records[1:])
+
+
+def test_a_key_that_asks_too_often_does_not_count_as_an_overload(start: Start) -> None:
+    client = start(api_keys=("one",), rate_limit=1)
+    headers = bearer("one")
+
+    statuses = [client.post("/query", files=GOOD, headers=headers).status_code for _ in range(3)]
+
+    assert statuses[1:] == [429, 429]
+    told = client.app.state.parts.metrics.expose()[0].decode()  # type: ignore[attr-defined]
+    assert 'passerby_rejected_total{reason="overloaded"} 0.0' in told
+    assert 'passerby_requests_total{route="/query",status="429"} 2.0' in told

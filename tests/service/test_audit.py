@@ -192,7 +192,8 @@ def test_what_a_client_calls_itself_is_no_address_and_no_markup(
     audited: TestClient, tmp_path: Path
 ) -> None:
     """Behind a proxy that is believed, and passes on whatever it got."""
-    TestClient(audited.app, headers=audited.headers, client=("[/foo]x", 4)).get("/gallery")
+    headers = dict(audited.headers)
+    TestClient(audited.app, headers=headers, client=("[/foo]x", 4)).get("/gallery")
 
     [line] = lines(tmp_path, action="list-tracklets")
     assert line.get("address") is None
