@@ -103,6 +103,7 @@ def create_app(
         version=version("passerby"),
         description=_DESCRIPTION,
         lifespan=_lifespan,
+        redirect_slashes=False,  # it would send a client wherever its Host header says
         dependencies=[Depends(check_rule)],
     )
     app.state.parts = parts

@@ -309,3 +309,13 @@ def test_an_upload_to_a_route_that_is_not_there_is_answered(client: TestClient) 
     body = form([("frames", "0.jpg", picture())])
 
     assert_problem(client.post("/nowhere", content=body, headers=FORM_TYPE), 404, "not-found")
+
+
+def test_a_path_that_ends_otherwise_is_not_there_and_sends_nobody_elsewhere(start: Start) -> None:
+    """A redirect would lead to whatever host the request names."""
+    client = start()
+
+    answer = client.get("/gallery/", headers={"Host": "elsewhere.example"}, follow_redirects=False)
+
+    assert_problem(answer, 404, "not-found")
+    assert "location" not in answer.headers
