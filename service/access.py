@@ -98,22 +98,20 @@ class Access:
 
 def find_rule(method: str, path: str) -> tuple[str | None, Rule]:
     """The route that a request is for, and its rule; `UNKNOWN_RULE` where none has it."""
+    route, rule, _ = _find(method, path)
+    return route, rule
+
+
+def _find(method: str, path: str) -> tuple[str | None, Rule, Mapping[str, str]]:
+    """Likewise, and what stands in the path in place of the template's names."""
     method = "GET" if method == "HEAD" else method
     rule = RULES.get((method, path))
     if rule is not None and "{" not in path:
-        return path, rule
+        return path, rule, {}
     for needed, pattern, template in _TEMPLATES:
-        if needed == method and pattern.match(path):
-            return template, RULES[method, template]
-    return None, UNKNOWN_RULE
-
-
-def _named_in(route: str | None, path: str) -> Mapping[str, str]:
-    """The parameters of a path; who is refused before the router has them, too."""
-    for _, pattern, template in _TEMPLATES:
-        if template == route and (match := pattern.match(path)):
-            return match.groupdict()
-    return {}
+        if needed == method and (match := pattern.match(path)):
+            return template, RULES[method, template], match.groupdict()
+    return None, UNKNOWN_RULE, {}
 
 
 async def check_rule(request: Request) -> None:
@@ -148,7 +146,7 @@ class KeyMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        route, rule = find_rule(scope["method"], scope["path"])
+        route, rule, about = _find(scope["method"], scope["path"])
         scope[ROUTE_KEY] = route
         key = None
         if rule.role is not None:
@@ -161,7 +159,7 @@ class KeyMiddleware:
             if self._per_minute is not None and not await self._admits(key, self._per_minute):
                 await _too_many(self._per_minute)(scope, receive, send)
                 return
-        scope[SCOPE_KEY] = Access(key, route, rule, _named_in(route, scope["path"]))
+        scope[SCOPE_KEY] = Access(key, route, rule, about)
         await self._app(scope, receive, send)
 
     def _identify(self, scope: Scope, rule: Rule) -> tuple[Key | None, str]:

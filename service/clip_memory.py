@@ -1,6 +1,6 @@
 """Memory that a decoder fills and its parent reads, so that no clip has to travel.
 
-A clip of 15 frames of 256x128 pixels is 1.5 MB: to send it took as long as to decode four frames.
+A clip of 15 frames of 256x128 pixels is 1.5 MB, which a socket would copy twice.
 """
 
 import mmap
