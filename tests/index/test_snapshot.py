@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from bench.gallery_truth import CALIBRATION as BENCH_CALIBRATION
 from index import archive
 from index import snapshot as snapshots
 from index.archive import Manifest, SnapshotError
-from index.calibration import Calibration
 from index.embedded import EmbeddedGallery
 from index.erasures import Erasures
 from index.files import create, workshop
@@ -44,29 +45,13 @@ ROOT = Path(__file__).parents[2]
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 LATER = NOON + timedelta(hours=1)
 PATIENCE_S = 60.0
-CALIBRATION = Calibration(
+CALIBRATION = replace(
+    BENCH_CALIBRATION,
     threshold=1.5,
-    rate="pair",
-    false_match_rate=0.01,
-    measured_false_match_rate=0.009,
-    interval=(0.001, 0.02),
-    false_non_match_rate=0.1,
-    false_non_match_interval=(0.05, 0.2),
-    false_positive_identification_rate=0.3,
-    false_positive_identification_interval=(0.2, 0.4),
-    false_negative_identification_rate=0.1,
-    false_negative_identification_interval=(0.0, 0.2),
-    genuine_pairs=30,
-    impostor_pairs=900,
-    tracklets=60,
     identities=20,
     gallery_identities=20,
-    cameras=3,
-    across_cameras=True,
     model="trsa-test",
     created_at=NOON,
-    confidence=0.95,
-    seed=0,
 )
 
 
