@@ -148,8 +148,8 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=256,
-        description="Processes that decode uploads; without a number one more than there are cores, "
-        "0 for threads of the service's own process.",
+        description="Processes that decode uploads; without a number one more than there are "
+        "cores, 0 for threads of the service's own process.",
     )
     frames_per_tracklet: int = Field(15, ge=1, description="Frames that make an embedding.")
     sampling: Literal["even", "all"] = Field("even", description="How frames are chosen.")
