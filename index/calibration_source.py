@@ -7,9 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from index.calibration import Calibration
+from index.checksums import EVERYTHING_SINCE
 from index.gallery import DamagedGalleryError, Embeddings
 from index.properties import read_property
 from index.reading import reading
+from index.recognition import require_newest
+from index.rows import STORED, check_stored
 from index.schema import version_of
 from index.store import to_matrix
 
@@ -40,10 +43,13 @@ def read_labelled(directory: Path) -> LabelledTracklets:
         directory: The gallery's data directory.
 
     Raises:
-        GalleryUnavailableError: There is no gallery, or it cannot be read.
-        DamagedGalleryError: The file is not a gallery that this version can read.
+        GalleryUnavailableError: There is no gallery, or it cannot be read, or an older version
+            wrote it.
+        DamagedGalleryError: The file is not a gallery that this version can read, or one of them
+            is not as it was stored.
     """
     with reading(directory) as connection:
+        require_newest(connection)
         return _read(connection)
 
 
@@ -56,8 +62,10 @@ def read_calibration(directory: Path) -> Calibration | None:
         DamagedGalleryError: Likewise.
     """
     with reading(directory) as connection:
-        is_kept = version_of(connection) >= _PROPERTIES_SINCE
-        text = read_property(connection, "calibration") if is_kept else None
+        version, text = version_of(connection), None
+        if version >= _PROPERTIES_SINCE:
+            is_checked = version >= EVERYTHING_SINCE
+            text = read_property(connection, "calibration", checked=is_checked)
         row = connection.execute("SELECT model FROM tracklets LIMIT 1").fetchone()
     calibration = None if text is None else Calibration.from_json(text)
     if calibration is None or (row is not None and row[0] != calibration.model):
@@ -73,17 +81,18 @@ def _read(connection: sqlite3.Connection) -> LabelledTracklets:
         "SELECT count(*) FROM tracklets JOIN embeddings USING (key) WHERE identity IS NOT NULL"
     ).fetchone()
     found = connection.execute(
-        "SELECT identity, camera, vector FROM tracklets JOIN embeddings USING (key) "
+        f"SELECT {STORED}, vector FROM tracklets JOIN embeddings USING (key) "  # noqa: S608
         "WHERE identity IS NOT NULL ORDER BY key"
     )
     identities: list[str] = []
     cameras: list[str | None] = []
     embeddings = np.empty((0, 0), np.float32)
     while part := found.fetchmany(_ROWS_AT_ONCE):
+        check_stored(part)
         vectors = to_matrix([vector for *_, vector in part])
         if not identities:  # filled in place: a list of parts would be held twice when joined
             embeddings = np.empty((rows, vectors.shape[1]), np.float32)
         embeddings[len(identities) : len(identities) + len(part)] = vectors
-        identities += [identity for identity, *_ in part]
-        cameras += [camera for _, camera, _ in part]
+        identities += [identity for _, _, identity, *_ in part]
+        cameras += [camera for _, _, _, camera, *_ in part]
     return LabelledTracklets(embeddings, identities, cameras, models[0][0] if models else None)

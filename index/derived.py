@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from index.checksums import check_vectors
 from index.columns import Columns
 from index.gallery import (
     Embeddings,
@@ -23,7 +22,7 @@ from index.gallery import (
     TrackletRecord,
 )
 from index.ranking import ANY_ERROR, Nearest, Rows, rank
-from index.rows import to_microseconds, to_stored
+from index.rows import check_stored, to_microseconds, to_stored
 from index.saved import Header, SavedIndexError
 from index.sharing import SharedCalls
 from index.store import Chunk, Store
@@ -371,13 +370,14 @@ class _Searched:
     def records(self, rows: Sequence[int]) -> list[TrackletRecord]:
         """What is stored of rows whose ids were asked for."""
         stored = [self._rows[row] for row in rows]
+        if not self._derived.vectors.exhaustive:  # they were measured as they are stored
+            check_stored(stored, GalleryUnavailableError)
+        records = [to_stored(row).record for row in stored]
         slots = np.array(rows, dtype=np.int64)
-        known = ([row[column] for row in stored] for column in (2, 3, 4))  # see `index.rows.RECORD`
+        known = ([row[column] for row in stored] for column in (2, 3, 4))  # see `index.rows.STORED`
         if not self._derived.columns.agree(slots, *known):
             raise OutOfStepError
-        if not self._derived.vectors.exhaustive:  # they were measured as they are stored
-            check_vectors(((row[1], row[-2], row[-1]) for row in stored), GalleryUnavailableError)
-        return [to_stored(row).record for row in stored]
+        return records
 
 
 def _built(store: Store, plan: IndexPlan, dimension: int, tracklets: int) -> VectorIndex:

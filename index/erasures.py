@@ -8,10 +8,11 @@ ids or names from it. (Who guesses a name can confirm it: the salts are in the l
 import hmac
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from hashlib import sha256
 from typing import Literal, Protocol, get_args
 
 Kind = Literal["tracklet", "identity"]
@@ -114,19 +115,24 @@ class Erasures:
             }
             for one in self.entries
         ]
-        return json.dumps({"version": _VERSION, "erasures": entries})
+        return json.dumps(
+            {"version": _VERSION, "erasures": entries, "checksum": _checksum_of(entries)}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Erasures":
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: It is anything else.
+            ValueError: It is anything else, or not as it was written.
         """
         try:
             found = json.loads(text)
             if found["version"] != _VERSION:
                 raise ValueError(f"version {found['version']!r}")
+            # Those of older versions have none.
+            if "checksum" in found and found["checksum"] != _checksum_of(found["erasures"]):
+                raise ValueError("another checksum than it says: it is damaged")
             return cls(tuple(_read(one) for one in found["erasures"]))
         except (ValueError, KeyError, TypeError) as error:
             message = f"expected a ledger of erasures of version {_VERSION}, got {error!r}"
@@ -140,6 +146,12 @@ class Erasures:
             known = times[one.salt].get((one.digest, one.kind), one.erased_at)
             times[one.salt][one.digest, one.kind] = max(known, one.erased_at)
         return times
+
+
+def _checksum_of(entries: Sequence[Mapping[str, str]]) -> str:
+    """SHA-256 of entries as compact JSON with sorted keys."""
+    text = json.dumps(entries, separators=(",", ":"), sort_keys=True)
+    return sha256(text.encode()).hexdigest()
 
 
 def _read(entry: Mapping[str, str]) -> Erasure:

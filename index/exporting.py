@@ -14,8 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from index.calibration import Calibration
-from index.checksums import check_vectors
-from index.erasures import Erasure, Erasures
+from index.checksums import check_kept, checksum_of
 from index.exchange import (
     EMBEDDINGS_NAME,
     ERASURES_NAME,
@@ -37,13 +36,14 @@ from index.files import (
     open_regular,
     sync,
     told,
-    workshop,
 )
 from index.gallery import DamagedGalleryError, Embeddings, TrackletRecord
+from index.leftovers import making
 from index.properties import read_property
 from index.reading import reading
 from index.recognition import NEWEST, Facts, facts_of, require_newest
-from index.rows import RECORD, from_microseconds, to_stored
+from index.rows import STORED, check_stored, to_stored
+from index.transaction import read_erasures
 from index.vector_storage import to_matrix
 
 Format = Literal["npy", "parquet"]
@@ -70,16 +70,18 @@ class _Content(NamedTuple):
         """All rows by key, some at a time."""
         strip = "strips.jpeg" if self.strips else "NULL"
         rows = self.connection.execute(
-            f"SELECT {RECORD}, vector_checksum, vector, {strip} "  # noqa: S608
+            f"SELECT {STORED}, {strip}, vector "  # noqa: S608
             "FROM tracklets JOIN embeddings USING (key) LEFT JOIN strips USING (key) ORDER BY key"
         )
         done = 0
         while part := rows.fetchmany(_ROWS_AT_ONCE):
-            check_vectors((row[1], row[-3], row[-2]) for row in part)  # see `index.rows.RECORD`
+            check_stored(part)
+            if self.strips:
+                _check_strips(part)
             yield _Part(
                 [to_stored(row).record for row in part],
-                to_matrix([row[-2] for row in part]),
-                [row[-1] for row in part],
+                to_matrix([row[-1] for row in part]),
+                [row[-2] for row in part],
             )
             done += len(part)
             progress("exporting", done, self.facts.tracklets)
@@ -123,7 +125,7 @@ def export_gallery(
         _pyarrow()
     _check_free(folder)
     with (
-        workshop(folder.parent / f".{folder.name}.making", ExchangeError) as work,
+        making(folder, ExchangeError) as work,
         told(f"write the export {folder.name}", ExchangeError),
         reading(data_dir) as connection,
     ):
@@ -134,7 +136,7 @@ def export_gallery(
         facts = facts_of(connection, NEWEST)
         content = _Content(connection, facts, strips)
         files = write(made, content, progress)
-        ledger = _erasures(connection).to_json().encode()
+        ledger = read_erasures(connection).to_json().encode()
         files[ERASURES_NAME] = _write(made / ERASURES_NAME, [ledger])
         manifest = ExportManifest(
             created_at=created_at,
@@ -152,6 +154,13 @@ def export_gallery(
     return manifest
 
 
+def _check_strips(part: Sequence[tuple[Any, ...]]) -> None:
+    checksum = STORED.split(", ").index("strip_checksum")
+    for row in part:
+        found = checksum_of(row[1], row[-2])
+        check_kept(row[1], row[checksum], found, "film strip", DamagedGalleryError)
+
+
 def _check_free(folder: Path) -> None:
     if not folder.parent.is_dir():
         raise ExchangeError(f"expected a directory {folder.parent}, got none")
@@ -164,16 +173,6 @@ def _put_in_place(made: Path, folder: Path) -> None:
     _check_free(folder)
     made.rename(folder)  # also refuses to replace what is not empty
     sync(folder.parent)
-
-
-def _erasures(connection: sqlite3.Connection) -> Erasures:
-    rows = connection.execute("SELECT digest, kind, erased_at, salt FROM erasures ORDER BY digest")
-    return Erasures(
-        tuple(
-            Erasure(digest, kind, from_microseconds(erased_at), salt)
-            for digest, kind, erased_at, salt in rows
-        )
-    )
 
 
 def _calibration(connection: sqlite3.Connection) -> dict[str, Any] | None:

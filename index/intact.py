@@ -1,8 +1,8 @@
-"""A gallery's file before SQLite opens it: whether it was cut, overwritten or emptied.
+"""A gallery's file before SQLite opens it: whether it or its log was cut, overwritten or emptied.
 
 SQLite reads what is missing of a last page as zeros, and whoever closes a file that it did not
 understand takes in the write-ahead log all the same, and removes it. So this is looked at first,
-without SQLite. The layouts are those of https://www.sqlite.org/fileformat2.html (1.3 and 4.1).
+without SQLite. The layouts are those of https://www.sqlite.org/fileformat2.html (1.3).
 """
 
 import struct
@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
+from index.log_frames import HEADER_BYTES, LogFrames, read_log
 
 APPLICATION_ID = 0x50415353  # "PASS", in the header of every file of ours
 _HEADER_BYTES = 100
-_LOG_HEADER_BYTES = 32
 _MAGIC = b"SQLite format 3\0"
 _LARGEST_PAGE_BYTES = 65536  # which two bytes cannot say; it is written as 1
 # Page size; change counter, pages; version, application; the change counter that pages go with.
 _HEADER = struct.Struct(">16xH6xII28xI4xI20xI4x")
-_LOG_HEADER = struct.Struct(">8xI4x8s8x")  # page size, salt
-_FRAME = struct.Struct(">II8s8x")  # page, pages after the commit or 0, salt
 _BLANK_PAGES = 2  # at most, of a file whose tables are still in the log
 
 
@@ -62,7 +60,8 @@ def check_intact(path: Path, index_name: str) -> None:
         index_name: Of a file beside it that shows that there was a gallery.
 
     Raises:
-        DamagedGalleryError: It is gone, was emptied, cut, or overwritten by something else.
+        DamagedGalleryError: It is gone, was emptied, cut, or overwritten by something else; or its
+            log was damaged where it was already acknowledged.
         GalleryUnavailableError: It cannot be read.
     """
     log, size = _log_of(path), _size(path)
@@ -70,11 +69,38 @@ def check_intact(path: Path, index_name: str) -> None:
         _check_not_lost(path, log, path.with_name(index_name))
     with _told():
         header = _read_header(path)
-        is_cut = header is not None and _lacks_pages(header, size, log)
+        frames = read_log(log)
+        is_cut = header is not None and _lacks_pages(header, size, frames)
+    _check_log(log, frames)
     if header is not None and is_cut:
         raise DamagedGalleryError(
             f"expected a gallery file of {header.pages} pages of {header.page_bytes} bytes, got "
             f"{size} bytes, a damaged or foreign one: it was cut. Restore a snapshot"
+        )
+
+
+def check_log(path: Path) -> None:
+    """Return where the log beside a gallery's file is as whole as what is in it says.
+
+    Somebody may have it open and write.
+
+    Raises:
+        DamagedGalleryError: It was damaged where it was already acknowledged.
+        GalleryUnavailableError: It cannot be read.
+    """
+    log = _log_of(path)
+    with _told():
+        frames = read_log(log)
+    _check_log(log, frames)
+
+
+def _check_log(log: Path, frames: LogFrames) -> None:
+    if frames.lost is not None:
+        raise DamagedGalleryError(
+            f"expected a whole log beside the gallery's file, got {log.name}, in which frame "
+            f"{frames.lost + 1} of {len(frames.good)} is damaged, before others that were stored. "
+            "Restore a snapshot, or run `passerby mend --lose-log` to go on with what was stored "
+            "before it"
         )
 
 
@@ -84,7 +110,7 @@ def _check_not_lost(path: Path, *others: Path) -> None:
     SQLite would make an empty one, which begins by removing their content.
     """
     for left in others:
-        if _size(left) > _LOG_HEADER_BYTES:
+        if _size(left) > HEADER_BYTES:
             raise DamagedGalleryError(
                 f"expected {path.name} beside {left.name}, got none or an empty one: it was "
                 "deleted or emptied. Restore a snapshot, or remove the other files to begin anew"
@@ -127,39 +153,18 @@ def _foreign(what: str) -> DamagedGalleryError:
     return DamagedGalleryError(f"expected a gallery file, got a damaged or foreign one: {what}")
 
 
-def _lacks_pages(header: _Header, size: int, log: Path) -> bool:
+def _lacks_pages(header: _Header, size: int, frames: LogFrames) -> bool:
     """Whether a page lacks something that is not in the log either."""
     whole, rest = divmod(size, header.page_bytes)
     if not rest and whole >= header.pages:
         return False
     # A power failure may have come while pages were copied from the log into the file.
-    pages, logged = _logged(log, header.page_bytes)
-    return not pages or any(page not in logged for page in range(whole + 1, pages + 1))
-
-
-def _logged(log: Path, page_bytes: int) -> tuple[int, set[int]]:
-    """How many pages a file has with its log, 0 without one, and which are in the log.
-
-    Checksums are SQLite's to compare; here the salts tell old frames from new ones.
-    """
-    pages, logged, uncommitted = 0, set[int](), set[int]()
-    if _size(log) < _LOG_HEADER_BYTES:
-        return pages, logged
-    with log.open("rb") as file:
-        logged_bytes, salt = _LOG_HEADER.unpack(file.read(_LOG_HEADER_BYTES))
-        while logged_bytes == page_bytes:
-            frame = file.read(_FRAME.size)
-            if len(frame) < _FRAME.size or len(file.read(page_bytes)) < page_bytes:
-                break
-            page, committed, frame_salt = _FRAME.unpack(frame)
-            if frame_salt != salt:
-                break
-            uncommitted.add(page)
-            if committed:
-                pages = committed
-                logged |= uncommitted
-                uncommitted.clear()
-    return pages, logged
+    count = frames.committed
+    if not count or frames.page_bytes != header.page_bytes:
+        return True
+    logged = set(frames.pages[:count].tolist())
+    pages = int(frames.file_pages[count - 1])
+    return any(page not in logged for page in range(whole + 1, pages + 1))
 
 
 def _log_of(path: Path) -> Path:

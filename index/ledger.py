@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from index.checksums import EVERYTHING_SINCE
 from index.erasures import Erasures
 from index.files import create, open_regular, sync, told, workshop
 from index.gallery import GalleryError
@@ -30,9 +31,10 @@ def stored_ledger(directory: Path) -> Erasures:
         DamagedGalleryError: The file is not a gallery that this version can read.
     """
     with reading(directory) as connection:
-        if version_of(connection) < _FIRST_VERSION_WITH_A_LEDGER:
+        version = version_of(connection)
+        if version < _FIRST_VERSION_WITH_A_LEDGER:
             return Erasures()
-        return read_erasures(connection)
+        return read_erasures(connection, checked=version >= EVERYTHING_SINCE)
 
 
 def read_ledger(path: Path) -> Erasures:

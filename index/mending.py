@@ -1,12 +1,76 @@
-"""Erasing a tracklet from a gallery that cannot be opened because of it."""
+"""Mending a gallery that cannot be opened because of something in it that was damaged."""
 
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from index.gallery import GalleryUnavailableError
-from index.store import FILE_NAME, Store
+from index.files import told
+from index.gallery import DamagedGalleryError, GalleryUnavailableError
+from index.intact import check_intact
+from index.locks import DirectoryLock
+from index.log_frames import cut
+from index.properties import NAMES, Name, read_property, replace_property
+from index.saved import FILE_NAME as INDEX_NAME
+from index.schema import open_writer, readable, translated
+from index.soundness import check_tracklet, tracklets_of
+from index.store import FILE_NAME, LOCK_NAME, Store
 from index.transaction import no_tracklet
+from index.vector_storage import storage_of
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """What was done to a gallery, and what is left to do.
+
+    Args:
+        log_bytes: How much was cut off the write-ahead log.
+        erasures: How many damaged entries of the ledger were dropped.
+        properties: Which damaged properties were dropped.
+        tracklets: The ids of those of which something is damaged, in the order of enrolment; they
+            are left as they are, for `erase_stored`.
+    """
+
+    log_bytes: int
+    erasures: int
+    properties: tuple[Name, ...]
+    tracklets: tuple[str, ...]
+
+
+def mend(data_dir: Path, *, lose_log: bool = False) -> Mended:
+    """Drop what is damaged and can be done without, and find what else is damaged.
+
+    Indexes of records are made anew. Entries of the ledger of erasures that are damaged are
+    dropped: what they were made for may come back with a snapshot from before it was erased.
+    Properties, too: a calibration has to be made anew, the rest makes itself.
+
+    Args:
+        data_dir: The gallery's data directory; nobody has it open.
+        lose_log: Cut a write-ahead log where it is damaged; every change from there on is lost.
+
+    Raises:
+        GalleryUnavailableError: There is no gallery, or it cannot be used, or is open elsewhere.
+        DamagedGalleryError: What is damaged can neither be made anew nor be done without.
+        StorageFullError: The disk is full; nothing has changed but the log.
+    """
+    path = _required(data_dir)
+    lock = DirectoryLock(data_dir / LOCK_NAME)
+    try:
+        with told("cut the gallery's log"):
+            log_bytes = cut(path.with_name(f"{path.name}-wal")) if lose_log else 0
+        check_intact(path, INDEX_NAME)
+        with closing(open_writer(path)) as connection, translated("mend the gallery"):
+            connection.text_factory = readable
+            with _transaction(connection):
+                connection.execute("REINDEX tracklets")
+                erasures = _drop_damaged_erasures(connection)
+                properties = _drop_damaged_properties(connection)
+            tracklets = tuple(_damaged(connection))
+    finally:
+        lock.release()
+    return Mended(log_bytes, erasures, properties, tracklets)
 
 
 def erase_stored(
@@ -15,10 +79,10 @@ def erase_stored(
     *,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> str | None:
-    """Erase a tracklet as `index.gallery.Gallery.remove` does, without looking at any embedding.
+    """Erase a tracklet as `index.gallery.Gallery.remove` does, without looking at anything of it.
 
-    It is for a tracklet whose embedding or record was damaged on the disk: a gallery does not open
-    with it, or cannot show it.
+    It is for a tracklet of which something was damaged on the disk: a gallery does not open with
+    it, or cannot show it.
     The ledger has it afterwards, so no older snapshot brings it back.
 
     Args:
@@ -32,14 +96,14 @@ def erase_stored(
     Raises:
         NotFoundError: No tracklet has this id.
         GalleryUnavailableError: There is no gallery, or it cannot be used, or is open elsewhere.
-        DamagedGalleryError: More is damaged than embeddings and records.
+        DamagedGalleryError: More is damaged than tracklets.
         StorageFullError: The disk is full.
     """
-    if not (data_dir / FILE_NAME).is_file():  # else one would be made
-        raise GalleryUnavailableError(f"expected a gallery in {data_dir}, got no {FILE_NAME}")
-    store = Store(data_dir)
+    _required(data_dir)
+    store = Store(data_dir, is_checked=False)
     try:
         with store.transaction() as transaction:
+            transaction.reindex()  # a damaged record may not be found, or be erased, otherwise
             found = transaction.shown([tracklet_id])
             if not found:
                 raise no_tracklet(tracklet_id)
@@ -50,3 +114,52 @@ def erase_stored(
     finally:
         store.close()
     return identity
+
+
+def _required(data_dir: Path) -> Path:
+    path = data_dir / FILE_NAME
+    if not path.is_file():  # else one would be made
+        raise GalleryUnavailableError(f"expected a gallery in {data_dir}, got no {FILE_NAME}")
+    return path
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _drop_damaged_properties(connection: sqlite3.Connection) -> tuple[Name, ...]:
+    dropped = []
+    for name in NAMES:
+        try:
+            read_property(connection, name)
+        except GalleryUnavailableError:
+            connection.execute("DELETE FROM properties WHERE name = ?", (name,))
+            dropped.append(name)
+    if "storage" in dropped:
+        [size] = connection.execute("SELECT min(length(vector)) FROM embeddings").fetchone()
+        if size is not None:
+            replace_property(connection, "storage", storage_of(size))
+    return tuple(dropped)
+
+
+def _drop_damaged_erasures(connection: sqlite3.Connection) -> int:
+    cursor = connection.execute(
+        "DELETE FROM erasures WHERE checksum IS NOT values_checksum(digest, kind, erased_at, salt)"
+    )
+    return cursor.rowcount
+
+
+def _damaged(connection: sqlite3.Connection) -> Iterator[str]:
+    """The ids of tracklets of which anything is not as it was stored."""
+    for stored in tracklets_of(connection):
+        try:
+            check_tracklet(stored)
+        except DamagedGalleryError:
+            yield stored.row[1]

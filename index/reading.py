@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from index.gallery import GalleryUnavailableError
-from index.intact import check_recognised
+from index.intact import check_log, check_recognised
 from index.schema import damage_told, open_reader, translated, version_of
 from index.store import FILE_NAME
 
@@ -29,6 +29,7 @@ def reading(directory: Path) -> Iterator[sqlite3.Connection]:
     if not path.is_file():  # SQLite would make an empty one
         raise GalleryUnavailableError(f"expected a gallery in {directory}, got no {FILE_NAME}")
     check_recognised(path)  # or closing it would take in its log
+    check_log(path)
     with damage_told(), translated("read the gallery"), closing(open_reader(path)) as connection:
         connection.execute("BEGIN")
         version_of(connection)  # older ones, too: only a service or a restore brings them up

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from index.checksums import SINCE_VERSION, check_all_vectors
+from index.checksums import register
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
 from index.schema import MIGRATIONS, damage_told, translated, version_of
+from index.soundness import check_everything
 from index.vector_storage import Storage, dimension_of, storage_of
 
 NEWEST = len(MIGRATIONS)
@@ -58,11 +59,8 @@ def inspect(path: Path) -> Facts:
         closing(sqlite3.connect(address, uri=True)) as connection,
     ):
         version = version_of(connection)
-        [verdict] = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise DamagedGalleryError(f"expected a sound gallery file, got: {verdict}")
-        if version >= SINCE_VERSION:
-            check_all_vectors(connection)
+        register(connection)
+        check_everything(connection, version)
         return facts_of(connection, version)
 
 

@@ -1,17 +1,31 @@
 """Records as SQLite keeps them: columns, times, filters."""
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, overload
 
-from index.gallery import Filters, GalleryUnavailableError, TrackletRecord
+from index.checksums import check_records, check_vectors
+from index.gallery import (
+    DamagedGalleryError,
+    Filters,
+    GalleryError,
+    GalleryUnavailableError,
+    TrackletRecord,
+)
 
-# The order of `to_row` and `to_stored`.
+# The order of `to_row`.
 RECORD = (
     "key, tracklet_id, identity, camera, start_time, end_time, metadata, "
     "frames_received, frames_used, model, created_at, content, expires_at, quality"
 )
 PLACES = ", ".join("?" * len(RECORD.split(", ")))  # for the values of `RECORD`
+CHECKSUMS = "vector_checksum, strip_checksum, frames_checksum"
+# What the checksum of a record is made of: all but the key, which is not yet known when it is made.
+SUMMED = f"{RECORD.removeprefix('key, ')}, {CHECKSUMS}"
+STORED = f"{RECORD}, {CHECKSUMS}, record_checksum"  # the order of `to_stored`
+_VALUES = slice(1, len(STORED.split(", ")))  # of `SUMMED` and their checksum, in a row of `STORED`
+_VECTOR_CHECKSUM = STORED.split(", ").index("vector_checksum")
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -65,12 +79,30 @@ def to_row(record: TrackletRecord) -> tuple[Any, ...]:
     )
 
 
+def check_stored(
+    rows: Iterable[tuple[Any, ...]], error: type[GalleryError] = DamagedGalleryError
+) -> None:
+    """Return where records and their embeddings are as they were stored.
+
+    Args:
+        rows: Each begins with the values of `STORED` and ends with the bytes of the embedding.
+        error: What to raise.
+
+    Raises:
+        GalleryError: One is not; the message names its tracklet.
+    """
+    for row in rows:
+        check_records((row[_VALUES],), error)
+        check_vectors(((row[1], row[_VECTOR_CHECKSUM], row[-1]),), error)
+
+
 def to_stored(row: tuple[Any, ...]) -> Stored:
-    """The record in a row of `RECORD`.
+    """The record in a row that begins with the values of `STORED`.
 
     Raises:
         GalleryUnavailableError: It was damaged; the message names its tracklet.
     """
+    check_records((row[_VALUES],), GalleryUnavailableError)
     try:
         return Stored(row[0], _to_record(row))
     except (ValueError, OverflowError, TypeError) as error:

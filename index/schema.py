@@ -2,12 +2,12 @@
 
 import logging
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from index.checksums import checksum_of
+from index.checksums import register
 from index.gallery import (
     DamagedGalleryError,
     GalleryUnavailableError,
@@ -19,6 +19,7 @@ from index.intact import check_recognised
 BUSY_TIMEOUT_MS = 5000
 
 _log = logging.getLogger(__name__)
+_UNDECODED = "Could not decode to UTF-8"
 _DAMAGE = frozenset({sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT})
 
 # Migration i brings a file from version i to i + 1. A published migration never changes.
@@ -95,7 +96,47 @@ MIGRATIONS: tuple[str, ...] = (
         (SELECT tracklet_id FROM tracklets WHERE tracklets.key = succeeding_embeddings.key), vector
     );
     """,
+    """
+    ALTER TABLE tracklets ADD COLUMN strip_checksum INTEGER;
+    ALTER TABLE tracklets ADD COLUMN frames_checksum INTEGER;
+    ALTER TABLE tracklets ADD COLUMN record_checksum INTEGER;
+    UPDATE tracklets SET
+        strip_checksum = checksum_of(
+            tracklet_id, (SELECT jpeg FROM strips WHERE strips.key = tracklets.key)
+        ),
+        frames_checksum = (
+            SELECT CASE WHEN count(*) THEN text_checksum(json_group_array(checksum)) END FROM (
+                SELECT checksum_of(tracklets.tracklet_id, content) AS checksum FROM frames
+                WHERE frames.key = tracklets.key ORDER BY position
+            )
+        );
+    UPDATE tracklets SET record_checksum = values_checksum(
+        tracklet_id, identity, camera, start_time, end_time, metadata, frames_received, frames_used,
+        model, created_at, content, expires_at, quality, vector_checksum, strip_checksum,
+        frames_checksum
+    );
+    ALTER TABLE erasures ADD COLUMN checksum INTEGER;
+    UPDATE erasures SET checksum = values_checksum(digest, kind, erased_at, salt);
+    ALTER TABLE properties ADD COLUMN checksum INTEGER;
+    UPDATE properties SET checksum = values_checksum(name, value);
+    """,
 )
+
+
+class _UndecodableError(GalleryUnavailableError):
+    """Raised where a text is none. It is not shown, nor what says so: it may be a name."""
+
+
+def _undecodable(doing: str) -> _UndecodableError:
+    return _UndecodableError(
+        f"cannot {doing}: a text in it is damaged. Restore a snapshot, or stop the service and run "
+        "`passerby mend` to see of which tracklet"
+    )
+
+
+def readable(text: bytes) -> str:
+    """For `sqlite3.Connection.text_factory`: a text that is none shall be found, not stop us."""
+    return text.decode(errors="backslashreplace")
 
 
 @contextmanager
@@ -114,7 +155,11 @@ def translated(doing: str) -> Iterator[None]:
     except sqlite3.Error as error:
         if _is_full(error):
             raise StorageFullError(f"cannot {doing}: the disk is full") from error
+        if str(error).startswith(_UNDECODED):
+            raise _undecodable(doing) from None
         raise GalleryUnavailableError(f"cannot {doing}: {error}") from error
+    except UnicodeDecodeError:  # where the text would have been part of a message of SQLite's
+        raise _undecodable(doing) from None
 
 
 @contextmanager
@@ -126,6 +171,8 @@ def damage_told() -> Iterator[None]:
     """
     try:
         yield
+    except _UndecodableError as error:
+        raise DamagedGalleryError(str(error)) from None
     except GalleryUnavailableError as error:
         cause = error.__cause__
         if isinstance(cause, sqlite3.Error) and _code(cause) in _DAMAGE:
@@ -134,12 +181,23 @@ def damage_told() -> Iterator[None]:
         raise
 
 
-def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Connection:
+def no_check(_connection: sqlite3.Connection, _version: int) -> None:
+    """For those who open a gallery to mend it."""
+
+
+def open_writer(
+    path: Path,
+    migrations: Sequence[str] = MIGRATIONS,
+    *,
+    check: Callable[[sqlite3.Connection, int], None] = no_check,
+) -> sqlite3.Connection:
     """Open the one connection that writes, and bring the file to the newest version.
 
     Args:
         path: The file, already made; an empty one becomes a gallery.
         migrations: See `MIGRATIONS`.
+        check: Called with the connection and the version of a file that is a gallery, before
+            anything is changed; it raises where that is not sound.
 
     Raises:
         DamagedGalleryError: The file is not a gallery, or comes from a newer version; it is left
@@ -150,9 +208,9 @@ def open_writer(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.C
     connection = _connect(path)
     try:
         with damage_told(), translated("open the gallery"):
-            connection.create_function("checksum_of", 2, checksum_of, deterministic=True)
+            register(connection)
             if not _is_blank(connection):
-                version_of(connection, newest=len(migrations))
+                check(connection, version_of(connection, newest=len(migrations)))
             if not _is_shrinkable(connection):  # to say it again would be a write
                 # Before the first table, or it takes a VACUUM.
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")

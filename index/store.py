@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from index import identities
-from index.checksums import check_vectors
+from index.checksums import (
+    check_kept,
+    check_vectors,
+    checksum_of,
+    checksum_of_frames,
+)
 from index.erasures import Erasures
 from index.gallery import (
     Embeddings,
@@ -31,7 +36,14 @@ from index.locks import DirectoryLock
 from index.probe import WriteProbe
 from index.properties import Name, read_property, replace_property, stored_as
 from index.recognition import content_of
-from index.rows import RECORD, Stored, to_microseconds, to_stored, where
+from index.rows import (
+    STORED,
+    Stored,
+    check_stored,
+    to_microseconds,
+    to_stored,
+    where,
+)
 from index.saved import FILE_NAME as INDEX_NAME
 from index.saved import SavedIndex
 from index.schema import (
@@ -39,11 +51,14 @@ from index.schema import (
     MIGRATIONS,
     close_as_it_is,
     damage_told,
+    no_check,
     open_reader,
     open_writer,
+    readable,
     translated,
 )
 from index.scrub import UnknownLayoutError, scrub
+from index.soundness import check_tables
 from index.transaction import Transaction as Transaction  # these three are imported from here, too
 from index.transaction import no_tracklet, read_stored
 from index.transaction import read_erasures as read_erasures
@@ -125,6 +140,8 @@ class Store:
         migrations: See `index.schema.MIGRATIONS`.
         storage: How embeddings are kept; None for what they are kept as already, and float32 in a
             new gallery. It may change while the gallery is empty.
+        is_checked: Whether to compare records with their indexes, and the ledger and properties
+            with their checksums; without, a damaged gallery can be mended.
 
     Raises:
         GalleryUnavailableError: The directory cannot be used, or is open elsewhere.
@@ -139,6 +156,7 @@ class Store:
         migrations: Sequence[str] = MIGRATIONS,
         *,
         storage: Storage | None = None,
+        is_checked: bool = True,
     ) -> None:
         self._path = directory / FILE_NAME
         try:
@@ -155,7 +173,10 @@ class Store:
             raise
         try:
             self._inode = os.fstat(self._file).st_ino
-            self._writer = open_writer(self._path, migrations)
+            check = check_tables if is_checked else no_check
+            self._writer = open_writer(self._path, migrations, check=check)
+            if not is_checked:
+                self._writer.text_factory = readable
             try:
                 with damage_told(), translated("open the gallery"):
                     self.storage = _settle_storage(self._writer, storage)
@@ -310,22 +331,45 @@ class Store:
 
         Raises:
             NotFoundError: No tracklet has this id, or none was kept for it.
+            GalleryUnavailableError: They are not as they were stored.
         """
-        return self._blob(tracklet_id, "SELECT jpeg FROM strips WHERE key = ?")
+        with self._reading() as connection:
+            row = connection.execute(
+                "SELECT strip_checksum, jpeg FROM tracklets LEFT JOIN strips USING (key) "
+                "WHERE tracklet_id = ?",
+                (tracklet_id,),
+            ).fetchone()
+        if row is None:
+            raise no_tracklet(tracklet_id)
+        checksum, jpeg = row
+        found = checksum_of(tracklet_id, jpeg)
+        check_kept(tracklet_id, checksum, found, "film strip", GalleryUnavailableError)
+        if jpeg is None:
+            raise _nothing_kept(tracklet_id)
+        return bytes(jpeg)
 
     def frames(self, tracklet_id: str) -> tuple[bytes, ...]:
         """Kept frames by id, in temporal order.
 
         Raises:
             NotFoundError: No tracklet has this id, or none were kept for it.
+            GalleryUnavailableError: They are not as they were stored.
         """
         with self._reading() as connection:
-            key = read_stored(connection, tracklet_id).key
-            query = "SELECT content FROM frames WHERE key = ? ORDER BY position"
-            rows = connection.execute(query, (key,)).fetchall()
+            rows = connection.execute(
+                "SELECT frames_checksum, frames.content FROM tracklets "
+                "LEFT JOIN frames USING (key) "
+                "WHERE tracklet_id = ? ORDER BY position",
+                (tracklet_id,),
+            ).fetchall()
         if not rows:
+            raise no_tracklet(tracklet_id)
+        frames = tuple(content for _, content in rows if content is not None)
+        found = checksum_of_frames(tracklet_id, frames)
+        check_kept(tracklet_id, rows[0][0], found, "kept frames", GalleryUnavailableError)
+        if not frames:
             raise _nothing_kept(tracklet_id)
-        return tuple(content for (content,) in rows)
+        return frames
 
     def identity(self, name: str) -> IdentitySummary:
         """What is known of an identity.
@@ -369,7 +413,7 @@ class Store:
         conditions, values = where(filters)
         with self._reading() as connection:
             rows = connection.execute(
-                f"SELECT {RECORD} FROM tracklets WHERE key > ? {conditions} ORDER BY key LIMIT ?",  # noqa: S608
+                f"SELECT {STORED} FROM tracklets WHERE key > ? {conditions} ORDER BY key LIMIT ?",  # noqa: S608
                 [after, *values, limit],
             )
             return [to_stored(row) for row in rows.fetchall()]
@@ -384,14 +428,14 @@ class Store:
             return [key for (key,) in rows.fetchall()]
 
     def rows(self, keys: Sequence[int], *, vectors: bool) -> dict[int, tuple[Any, ...]]:
-        """What is stored, by key: the values of `index.rows.RECORD`.
+        """What is stored, by key: the values of `index.rows.STORED`.
 
         Args:
             keys: Which; those that do not exist are left out.
-            vectors: Whether to read the vector's checksum and its bytes, too; they come last.
+            vectors: Whether to read the bytes of the embedding, too; they come last.
         """
         source = "tracklets JOIN embeddings USING (key)" if vectors else "tracklets"
-        columns = f"{RECORD}, vector_checksum, vector" if vectors else RECORD
+        columns = f"{STORED}, vector" if vectors else STORED
         query = f"SELECT {columns} FROM {source} WHERE key IN (SELECT value FROM json_each(?))"  # noqa: S608
         with self._reading() as connection:
             found = connection.execute(query, [json.dumps(keys)]).fetchall()
@@ -471,18 +515,18 @@ class Store:
         """Everything with a key greater than one, by key, ``rows`` at a time.
 
         Raises:
-            DamagedGalleryError: An embedding is not as it was stored.
+            DamagedGalleryError: An embedding or a record is not as it was stored.
         """
-        while found := self._chunk(after, rows):
-            keys, identities, cameras, start_times, ids, sums, blobs = zip(*found, strict=True)
-            check_vectors(zip(ids, sums, blobs, strict=True))
-            yield Chunk(keys, identities, cameras, start_times, to_matrix(blobs))
+        while found := self._stored_after(after, rows):
+            check_stored(found)
+            keys, _, identities, cameras, start_times, *_ = columns = [*zip(*found, strict=True)]
+            yield Chunk(keys, identities, cameras, start_times, to_matrix(columns[-1]))
             after = keys[-1]
 
     def check(self) -> None:
         """Return when the file is where it was and can be read, and its directory be written.
 
-        Each call also compares the checksums of the next few embeddings with them.
+        Each call also compares the next few records and embeddings with their checksums.
 
         Raises:
             StorageFullError: The disk is full.
@@ -498,38 +542,26 @@ class Store:
             raise GalleryUnavailableError("another file has taken the place of the gallery's")
         with self._reading() as connection:
             connection.execute("SELECT key FROM tracklets LIMIT 1").fetchall()
-        self._check_some_vectors()
+        self._check_some()
         self._probe.check()
 
-    def _check_some_vectors(self) -> None:
+    def _check_some(self) -> None:
         """Compare the checksums of the next few; whoever asks often has all of them compared.
 
         A damaged one is met again by each call, until it is gone.
         """
-        with self._reading() as connection:
-            rows = connection.execute(
-                "SELECT key, tracklet_id, vector_checksum, vector FROM tracklets "
-                "JOIN embeddings USING (key) WHERE key > ? ORDER BY key LIMIT ?",
-                (self._checked_until, _CHECKED_AT_ONCE),
-            ).fetchall()
-        check_vectors((row[1:] for row in rows), GalleryUnavailableError)
+        rows = self._stored_after(self._checked_until, _CHECKED_AT_ONCE)
+        check_stored(rows, GalleryUnavailableError)
         self._checked_until = rows[-1][0] if rows else 0
 
-    def _chunk(self, after: int, rows: int) -> list[Any]:
+    def _stored_after(self, key: int, rows: int) -> list[Any]:
+        """The values of `index.rows.STORED` and the bytes of the embedding, by key."""
+        query = (
+            f"SELECT {STORED}, vector FROM tracklets JOIN embeddings USING (key) "  # noqa: S608
+            "WHERE key > ? ORDER BY key LIMIT ?"
+        )
         with self._reading() as connection:
-            return connection.execute(
-                "SELECT key, identity, camera, start_time, tracklet_id, vector_checksum, vector "
-                "FROM tracklets JOIN embeddings USING (key) WHERE key > ? ORDER BY key LIMIT ?",
-                (after, rows),
-            ).fetchall()
-
-    def _blob(self, tracklet_id: str, query: str) -> bytes:
-        with self._reading() as connection:
-            key = read_stored(connection, tracklet_id).key
-            row = connection.execute(query, (key,)).fetchone()
-        if row is None:
-            raise _nothing_kept(tracklet_id)
-        return bytes(row[0])
+            return connection.execute(query, (key, rows)).fetchall()
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

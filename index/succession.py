@@ -12,13 +12,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from index.checksums import checksum_of
-from index.gallery import Embeddings, GalleryError, GalleryUnavailableError
+from index.checksums import check_kept, checksum_of_frames, register
+from index.gallery import (
+    DamagedGalleryError,
+    Embeddings,
+    GalleryError,
+    GalleryUnavailableError,
+)
 from index.locks import DirectoryLock
 from index.properties import stored_as
 from index.reading import reading
+from index.rows import SUMMED
 from index.saved import SavedIndex
 from index.schema import open_guest, translated
+from index.soundness import check_all_records
 from index.store import FILE_NAME, LOCK_NAME
 from index.vector_storage import to_blob
 
@@ -108,21 +115,25 @@ def pending(directory: Path, model: str, *, most: int) -> list[Pending]:
 
     Raises:
         SuccessionError: One of them has no frames.
+        DamagedGalleryError: Its frames are not as they were stored; the message names it.
         GalleryUnavailableError: See `standing`.
     """
     found = []
     with reading(directory) as connection:
         rows = connection.execute(
-            f"SELECT t.key {_UNMADE} ORDER BY t.key LIMIT ?",
+            f"SELECT t.key, t.tracklet_id, t.frames_checksum {_UNMADE} ORDER BY t.key LIMIT ?",
             (model, most),
         ).fetchall()
-        for (key,) in rows:
+        for key, tracklet_id, checksum in rows:
             frames = connection.execute(
                 "SELECT content FROM frames WHERE key = ? ORDER BY position", (key,)
             ).fetchall()
-            if not frames:
+            kept = tuple(content for (content,) in frames)
+            sum_found = checksum_of_frames(tracklet_id, kept)
+            check_kept(tracklet_id, checksum, sum_found, "kept frames", DamagedGalleryError)
+            if not kept:
                 raise SuccessionError("expected kept frames of every tracklet, got one without")
-            found.append(Pending(key, tuple(content for (content,) in frames)))
+            found.append(Pending(key, kept))
     return found
 
 
@@ -138,7 +149,6 @@ def keep(directory: Path, model: str, embeddings: Sequence[NextEmbedding]) -> No
         raise ValueError("expected finite embeddings, got NaN or infinity")
     with _guest(directory) as connection, translated("write the gallery"):
         storage = stored_as(connection)
-        connection.create_function("checksum_of", 2, checksum_of, deterministic=True)
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany(
             "INSERT OR REPLACE INTO succeeding_embeddings "
@@ -159,6 +169,7 @@ def take_over(directory: Path, model: str) -> int:
 
     Raises:
         SuccessionError: A tracklet has no embedding by the model.
+        DamagedGalleryError: A record is not as it was stored.
         InUseError: Somebody has the gallery open.
         GalleryUnavailableError: See `standing`.
         StorageFullError: The disk is full; nothing has changed.
@@ -198,6 +209,7 @@ def _change(connection: sqlite3.Connection, model: str) -> int:
     [unmade] = connection.execute(f"SELECT count(*) {_UNMADE}", (model,)).fetchone()
     if unmade:
         raise SuccessionError(f"expected every tracklet to be embedded, got {unmade} that are not")
+    check_all_records(connection)  # from here on they have other checksums
     connection.execute(
         "UPDATE embeddings SET vector = (SELECT vector FROM succeeding_embeddings AS s "
         "WHERE s.key = embeddings.key)"
@@ -210,6 +222,7 @@ def _change(connection: sqlite3.Connection, model: str) -> int:
         "WHERE s.key = tracklets.key))",
         (model,),
     )
+    connection.execute(f"UPDATE tracklets SET record_checksum = values_checksum({SUMMED})")  # noqa: S608
     connection.execute("DELETE FROM succeeding_embeddings")
     connection.execute("DELETE FROM properties WHERE name = 'calibration'")
     [count] = connection.execute("SELECT count(*) FROM tracklets").fetchone()
@@ -220,4 +233,5 @@ def _change(connection: sqlite3.Connection, model: str) -> int:
 def _guest(directory: Path) -> Iterator[sqlite3.Connection]:
     with closing(open_guest(directory / FILE_NAME)) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
+        register(connection)
         yield connection

@@ -9,13 +9,16 @@ from typing import NamedTuple
 
 from index import identities
 from index.calibration import Calibration
-from index.checksums import checksum_of
+from index.checksums import checksum_of, checksum_of_frames, checksum_of_values
 from index.erasures import Erasure, Erasures, Kind, digest
-from index.gallery import Enrolment, IdentitySummary, NotFoundError
+from index.gallery import DamagedGalleryError, Enrolment, IdentitySummary, NotFoundError
 from index.properties import Name, erasure_salt, replace_calibration, replace_property
 from index.rows import (
+    CHECKSUMS,
     PLACES,
     RECORD,
+    STORED,
+    SUMMED,
     Stored,
     from_microseconds,
     to_microseconds,
@@ -24,6 +27,9 @@ from index.rows import (
 )
 from index.schema import translated
 from index.vector_storage import Storage, to_blob
+
+# As `SUMMED`, where the identity becomes the first parameter.
+_RENAMED = SUMMED.replace("identity", "?1")
 
 
 class Outline(NamedTuple):
@@ -96,10 +102,16 @@ class Transaction:
             InvalidEmbeddingError: See `index.vector_storage.to_blob`.
         """
         vector = to_blob(enrolment.embedding, self._storage)
-        checksum = checksum_of(enrolment.record.tracklet_id, vector)
+        name = enrolment.record.tracklet_id
+        summed = (
+            *to_row(enrolment.record),
+            checksum_of(name, vector),
+            checksum_of(name, enrolment.strip),
+            checksum_of_frames(name, enrolment.frames),
+        )
         cursor = self._connection.execute(
-            f"INSERT INTO tracklets ({RECORD}, vector_checksum) VALUES ({PLACES}, ?)",  # noqa: S608
-            (None, *to_row(enrolment.record), checksum),
+            f"INSERT INTO tracklets ({STORED}) VALUES ({PLACES}, ?, ?, ?, ?)",  # noqa: S608
+            (None, *summed, checksum_of_values(summed)),
         )
         key = cursor.lastrowid
         self._connection.execute("INSERT INTO embeddings VALUES (?, ?)", (key, vector))
@@ -112,10 +124,13 @@ class Transaction:
         return int(key or 0)
 
     def replace(self, stored: Stored) -> None:
-        """Write a record over the one with its key."""
+        """Write a record over the one with its key, which was read in this transaction."""
+        row = to_row(stored.record)
+        query = f"SELECT {CHECKSUMS} FROM tracklets WHERE key = ?"  # noqa: S608
+        checksums = self._connection.execute(query, (stored.key,)).fetchone()
         self._connection.execute(
-            f"UPDATE tracklets SET ({RECORD}) = ({PLACES}) WHERE key = ?",  # noqa: S608
-            (stored.key, *to_row(stored.record), stored.key),
+            f"UPDATE tracklets SET ({RECORD}, record_checksum) = ({PLACES}, ?) WHERE key = ?",  # noqa: S608
+            (stored.key, *row, checksum_of_values((*row, *checksums)), stored.key),
         )
 
     def identity(self, name: str) -> IdentitySummary:
@@ -157,9 +172,11 @@ class Transaction:
             yield key, Outline(tracklet_id, identity, from_microseconds(created_at))
 
     def name(self, keys: Sequence[int], identity: str | None) -> None:
-        """Say whom tracklets show."""
+        """Say whom tracklets show. A record that is damaged keeps its wrong checksum."""
         self._connection.execute(
-            "UPDATE tracklets SET identity = ? WHERE key IN (SELECT value FROM json_each(?))",
+            "UPDATE tracklets SET identity = ?1, record_checksum = "  # noqa: S608
+            f"CASE record_checksum WHEN values_checksum({SUMMED}) THEN values_checksum({_RENAMED}) "
+            "ELSE record_checksum END WHERE key IN (SELECT value FROM json_each(?2))",
             (identity, json.dumps(keys)),
         )
 
@@ -186,11 +203,20 @@ class Transaction:
 
     def enter(self, erasures: Iterable[Erasure]) -> None:
         """Add entries to the ledger; where one is there already, the later counts."""
-        self._connection.executemany(
-            "INSERT INTO erasures (digest, kind, erased_at, salt) VALUES (?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET erased_at = max(erased_at, excluded.erased_at)",
-            ((one.digest, one.kind, to_microseconds(one.erased_at), one.salt) for one in erasures),
+        rows = (
+            (one.digest, one.kind, to_microseconds(one.erased_at), one.salt) for one in erasures
         )
+        self._connection.executemany(
+            "INSERT INTO erasures (digest, kind, erased_at, salt, checksum) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET (erased_at, salt, checksum) = "
+            "(excluded.erased_at, excluded.salt, excluded.checksum) "
+            "WHERE excluded.erased_at > erased_at",
+            ((*row, checksum_of_values(row)) for row in rows),
+        )
+
+    def reindex(self) -> None:
+        """Make the indexes of the records anew from the records."""
+        self._connection.execute("REINDEX tracklets")
 
     def erasures(self) -> Erasures:
         """The ledger before the commit."""
@@ -214,13 +240,29 @@ class Transaction:
                 raise
 
 
-def read_erasures(connection: sqlite3.Connection) -> Erasures:
-    """The ledger of a gallery's file of version 2 or newer."""
-    rows = connection.execute("SELECT digest, kind, erased_at, salt FROM erasures").fetchall()
+def read_erasures(connection: sqlite3.Connection, *, checked: bool = True) -> Erasures:
+    """The ledger of a gallery's file, by digest and kind.
+
+    Args:
+        connection: To a file of version 2 or newer.
+        checked: Whether it is of version 5 or newer, which has checksums.
+
+    Raises:
+        DamagedGalleryError: An entry is not as it was entered.
+    """
+    checksum = "checksum" if checked else "NULL"
+    rows = connection.execute(
+        f"SELECT digest, kind, erased_at, salt, {checksum} FROM erasures ORDER BY digest, kind"  # noqa: S608
+    ).fetchall()
+    if checked and (bad := sum(checksum_of_values(row[:-1]) != row[-1] for row in rows)):
+        raise DamagedGalleryError(
+            f"expected a ledger of erasures as it was entered, got one in which {bad} of "
+            f"{len(rows)} entries are damaged. Restore a snapshot, or run `passerby mend`"
+        )
     return Erasures(
         tuple(
             Erasure(digested, kind, from_microseconds(erased_at), salt)
-            for digested, kind, erased_at, salt in rows
+            for digested, kind, erased_at, salt, _ in rows
         )
     )
 
@@ -230,9 +272,10 @@ def read_stored(connection: sqlite3.Connection, tracklet_id: str) -> Stored:
 
     Raises:
         NotFoundError: No tracklet has this id.
+        GalleryUnavailableError: It is not as it was stored.
     """
     row = connection.execute(
-        f"SELECT {RECORD} FROM tracklets WHERE tracklet_id = ?",  # noqa: S608
+        f"SELECT {STORED} FROM tracklets WHERE tracklet_id = ?",  # noqa: S608
         (tracklet_id,),
     ).fetchone()
     if row is None:

@@ -8,6 +8,8 @@ import numpy as np
 
 from index.gallery import Embeddings
 from index.reading import reading
+from index.recognition import require_newest
+from index.rows import STORED, check_stored, to_stored
 from index.store import to_matrix
 
 
@@ -39,17 +41,24 @@ def read_unnamed(
         with_strips: Read the film strips, too.
 
     Raises:
-        GalleryUnavailableError: There is no gallery, or it cannot be read.
-        DamagedGalleryError: The file is not a gallery that this version can read.
+        GalleryUnavailableError: There is no gallery, or it cannot be read, or an older version
+            wrote it.
+        DamagedGalleryError: The file is not a gallery that this version can read, or one of them
+            is not as it was stored.
     """
     with reading(directory) as connection:
+        require_newest(connection)
         found = connection.execute(
-            "SELECT tracklet_id, camera, vector, jpeg FROM tracklets JOIN embeddings USING (key) "
+            f"SELECT {STORED}, jpeg, vector FROM tracklets JOIN embeddings USING (key) "  # noqa: S608
             "LEFT JOIN (SELECT key, jpeg FROM strips WHERE ?) USING (key) "
             "WHERE identity IS NULL AND (? OR camera IN (SELECT value FROM json_each(?))) "
             "ORDER BY key LIMIT ?",
             [with_strips, not cameras, json.dumps(sorted(cameras)), most + 1],
         ).fetchall()
-    vectors = to_matrix([row[2] for row in found]) if found else np.empty((0, 0), np.float32)
-    strips = {row[0]: row[3] for row in found if row[3] is not None}
-    return UnnamedTracklets([row[0] for row in found], [row[1] for row in found], vectors, strips)
+    check_stored(found)
+    records = [to_stored(row).record for row in found]
+    vectors = to_matrix([row[-1] for row in found]) if found else np.empty((0, 0), np.float32)
+    strips = {row[1]: row[-2] for row in found if row[-2] is not None}
+    return UnnamedTracklets(
+        [one.tracklet_id for one in records], [one.camera for one in records], vectors, strips
+    )

@@ -1,27 +1,35 @@
 """A stored embedding that is not what was stored is never loaded, answered with, or passed on."""
 
+import json
 import re
 import shutil
 import sqlite3
+import traceback
 import zlib
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from index.checksums import checksum_of
+from bench.gallery_truth import CALIBRATION
+from index.archive import SnapshotError
+from index.calibration_source import read_labelled
+from index.checksums import checksum_of, checksum_of_frames, checksum_of_values
 from index.embedded import EmbeddedGallery
 from index.exporting import export_gallery
 from index.gallery import DamagedGalleryError, Filters, GalleryUnavailableError, NotFoundError
-from index.mending import erase_stored
+from index.ledger import LedgerError, read_ledger, stored_ledger, write_ledger
+from index.mending import erase_stored, mend
 from index.restore import restore
 from index.schema import APPLICATION_ID, MIGRATIONS
 from index.snapshot import snapshot
 from index.store import FILE_NAME, RESTORING_NAME, Store
-from index.succession import NextEmbedding, keep, take_over
+from index.succession import NextEmbedding, keep, pending, take_over
+from index.unnamed import read_unnamed
 from index.vector_storage import Storage, to_blob
 from tests.index.conftest import Enrol, make_enrolment
 
@@ -369,23 +377,331 @@ def test_what_a_killed_restore_left_is_gone_when_the_gallery_is_opened(
         gallery.add([enrol("new", [1] * DIMENSION)])
 
 
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [("metadata", "{"), ("quality", "["), ("created_at", 2**62)],
-    ids=["metadata", "quality", "time"],
-)
-def test_a_record_that_cannot_be_read_is_named_and_can_be_erased(
-    full: Path, column: str, value: str | int
+CHANGES = [
+    ("tracklet_id", "t8-"),
+    ("identity", "p8"),
+    ("identity", None),
+    ("identity", b"p7"),
+    ("camera", "c2"),
+    ("start_time", 7),
+    ("metadata", "{"),
+    ("metadata", '{"n":1}'),
+    ("frames_used", 14),
+    ("model", "trsa-tesu"),
+    ("created_at", 2**62),
+    ("content", "another"),
+    ("expires_at", 2**50),
+    ("quality", "["),
+    ("strip_checksum", 5),
+    ("record_checksum", None),
+]
+
+
+@pytest.mark.parametrize(("column", "value"), CHANGES)
+def test_a_record_that_is_not_what_was_stored_ends_the_start_by_name_and_can_be_erased(
+    full: Path, column: str, value: object
 ) -> None:
-    with closing(sqlite3.connect(full / FILE_NAME)) as connection, connection:
-        text = f"UPDATE tracklets SET {column} = ? WHERE tracklet_id = 't7'"  # noqa: S608
-        connection.execute(text, (value,))
+    run_sql(full, f"UPDATE tracklets SET {column} = ? WHERE tracklet_id = 't7'", value)  # noqa: S608
+    named = "t8-" if column == "tracklet_id" else "t7"
+    before = files(full)
 
-    with EmbeddedGallery(full) as gallery:
-        with pytest.raises(GalleryUnavailableError, match="record of the tracklet t7"):
-            gallery.get("t7")
-        assert gallery.get("t8").tracklet_id == "t8"
+    with pytest.raises(DamagedGalleryError, match=f"{named} as it was stored|2 models"):
+        EmbeddedGallery(full)
+    assert files(full) == before
 
-    assert erase_stored(full, "t7") == "p7"
+    erase_stored(full, named)
     with EmbeddedGallery(full) as gallery:
         assert gallery.counts().tracklets == ROWS - 1
+
+
+@pytest.mark.parametrize(("column", "value"), CHANGES)
+def test_a_record_that_changes_while_a_gallery_is_open_is_not_shown_and_not_answered_with(
+    full: Path, column: str, value: object
+) -> None:
+    with EmbeddedGallery(full) as gallery:
+        query = gallery.embedding("t7")
+        run_sql(full, f"UPDATE tracklets SET {column} = ? WHERE tracklet_id = 't7'", value)  # noqa: S608
+
+        for ask in (
+            lambda: gallery.list(Filters(), limit=100),
+            lambda: gallery.search(query, model="trsa-test", top_k=1, group_by="tracklet"),
+            gallery.check,
+        ):
+            with pytest.raises(GalleryUnavailableError, match="as it was stored"):
+                ask()
+        assert gallery.get("t9").tracklet_id == "t9"
+
+
+def test_renaming_does_not_make_a_damaged_record_sound(full: Path) -> None:
+    with EmbeddedGallery(full) as gallery:
+        run_sql(full, "UPDATE tracklets SET camera = 'c9' WHERE tracklet_id = 't7'")
+
+        gallery.rename_identity("p7", "p99")
+
+        with pytest.raises(GalleryUnavailableError, match="t7 as it was stored"):
+            gallery.get("t7")
+        assert gallery.get("t16").identity == "p99"
+        with pytest.raises(GalleryUnavailableError, match="t7 as it was stored"):
+            gallery.update("t7", {"camera": "c3"})
+
+
+def test_passing_to_another_model_does_not_make_a_damaged_record_sound(full: Path) -> None:
+    made = [NextEmbedding(row + 1, np.ones(16, np.float32), 0.1) for row in range(ROWS)]
+    keep(full, "trsa-next", made)
+    run_sql(full, "UPDATE tracklets SET camera = 'c9' WHERE tracklet_id = 't7'")
+
+    with pytest.raises(DamagedGalleryError, match="t7 as it was stored"):
+        take_over(full, "trsa-next")
+
+
+@pytest.mark.parametrize("column", ["identity", "camera", "metadata", "content"])
+def test_a_text_that_is_none_is_told_without_showing_it(full: Path, column: str) -> None:
+    run_sql(
+        full,
+        f"UPDATE tracklets SET {column} = CAST(x'6A6F65FF' AS TEXT) WHERE tracklet_id = 't7'",  # noqa: S608
+    )
+
+    with pytest.raises((DamagedGalleryError, GalleryUnavailableError), match="damaged") as refusal:
+        EmbeddedGallery(full)
+    assert "joe" not in "".join(traceback.format_exception(refusal.value))
+
+    assert mend(full).tracklets == ("t7",)
+    erase_stored(full, "t7")
+    with EmbeddedGallery(full) as gallery:
+        assert gallery.counts().tracklets == ROWS - 1
+
+
+@pytest.fixture
+def pictured(directory: Path) -> Path:
+    """Three tracklets with a strip and two kept frames each."""
+    with EmbeddedGallery(directory) as gallery:
+        for row in range(3):
+            enrolment = make_enrolment(
+                f"t{row}", [row] * 8, strip=f"strip{row}".encode(), frames=(b"frame", b"other")
+            )
+            gallery.add([enrolment])
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [
+        ("UPDATE strips SET jpeg = x'00' WHERE key = 2", "film strip"),
+        ("DELETE FROM strips WHERE key = 2", "film strip"),
+        ("UPDATE frames SET content = x'00' WHERE key = 2 AND position = 1", "kept frames"),
+        ("UPDATE frames SET position = 5 WHERE key = 2 AND position = 0", "kept frames"),
+        ("DELETE FROM frames WHERE key = 2", "kept frames"),
+    ],
+)
+def test_a_picture_that_is_not_what_was_stored_is_told(
+    pictured: Path, script: str, what: str
+) -> None:
+    run_sql(pictured, script)
+    read = EmbeddedGallery.strip if what == "film strip" else EmbeddedGallery.frames
+
+    with EmbeddedGallery(pictured) as gallery:
+        assert gallery.strip("t0") == b"strip0"
+        assert gallery.frames("t0") == (b"frame", b"other")
+        with pytest.raises(GalleryUnavailableError, match=f"the {what} of the tracklet t1 as"):
+            read(gallery, "t1")
+    with pytest.raises(DamagedGalleryError, match=f"the {what} of the tracklet t1 as"):
+        snapshot(pictured, pictured.parent / "saved")
+    if what == "film strip":
+        with pytest.raises(DamagedGalleryError, match=f"the {what} of the tracklet t1 as"):
+            export_gallery(pictured, pictured.parent / "exported", strips=True)
+    else:
+        with pytest.raises(DamagedGalleryError, match=f"the {what} of the tracklet t1 as"):
+            pending(pictured, "trsa-next", most=9)
+    assert mend(pictured).tracklets == ("t1",)
+
+
+def test_a_gallery_of_version_4_gets_checksums_of_its_pictures_and_its_ledger(
+    pictured: Path,
+) -> None:
+    """As the version before left it: without the columns of version 5."""
+    with EmbeddedGallery(pictured) as gallery:
+        gallery.remove("t2")
+        ledger = gallery.erasures()
+    back_to_version_4(pictured)
+
+    with EmbeddedGallery(pictured) as gallery:
+        assert gallery.strip("t0") == b"strip0"
+        assert gallery.frames("t1") == (b"frame", b"other")
+        assert gallery.erasures() == ledger
+        gallery.update("t0", {"identity": "p1"})
+    with EmbeddedGallery(pictured) as gallery:
+        gallery.check()
+
+
+def back_to_version_4(directory: Path) -> None:
+    run_script(
+        directory,
+        "ALTER TABLE tracklets DROP COLUMN strip_checksum;"
+        "ALTER TABLE tracklets DROP COLUMN frames_checksum;"
+        "ALTER TABLE tracklets DROP COLUMN record_checksum;"
+        "ALTER TABLE erasures DROP COLUMN checksum;"
+        "ALTER TABLE properties DROP COLUMN checksum;"
+        "PRAGMA user_version = 4",
+    )
+
+
+def run_script(directory: Path, script: str) -> None:
+    with closing(sqlite3.connect(directory / FILE_NAME)) as connection:
+        connection.executescript(script)
+
+
+def test_an_older_gallery_whose_records_differ_from_their_indexes_is_refused_as_it_is(
+    full: Path,
+) -> None:
+    """Nobody can tell which is right: it has no checksums yet."""
+    back_to_version_4(full)
+    spoil_bytes(full, b"t7p7{}", b"t7q7{}")  # in the table
+    before = files(full)
+
+    with pytest.raises(DamagedGalleryError, match="missing from index"):
+        EmbeddedGallery(full)
+
+    assert files(full) == before
+
+
+def spoil_bytes(directory: Path, old: bytes, new: bytes) -> None:
+    """Change what is in the file once."""
+    path = directory / FILE_NAME
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+
+
+def test_an_index_that_differs_from_sound_records_is_made_anew(
+    full: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil_bytes(full, b"p7\x08", b"q7\x08")  # in the index on identities, which ends with the key
+    with closing(sqlite3.connect(full / FILE_NAME)) as connection:
+        [verdict] = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        assert "missing from index" in verdict
+
+    with EmbeddedGallery(full) as gallery:
+        assert gallery.identity("p7").tracklets == 6
+        with pytest.raises(NotFoundError):
+            gallery.identity("q7")
+
+    assert "an index of the gallery's records was damaged" in caplog.text
+    with closing(sqlite3.connect(full / FILE_NAME)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+@pytest.mark.parametrize("column", ["digest", "kind", "erased_at", "salt", "checksum"])
+def test_an_entry_of_the_ledger_that_is_not_what_was_entered_is_told_and_can_be_dropped(
+    full: Path, column: str
+) -> None:
+    with EmbeddedGallery(full) as gallery:
+        gallery.remove("t7")
+        gallery.remove("t8")
+        sound = gallery.erasures()
+    wrong = {"kind": "'identity'", "erased_at": "1", "checksum": "NULL"}.get(column, "x'00'")
+    run_sql(
+        full,
+        f"UPDATE erasures SET {column} = {wrong} "  # noqa: S608
+        "WHERE digest = (SELECT min(digest) FROM erasures)",
+    )
+    before = files(full)
+
+    readers: list[Callable[[], object]] = [
+        lambda: EmbeddedGallery(full),
+        lambda: stored_ledger(full),
+        lambda: snapshot(full, full.parent / "saved"),
+        lambda: export_gallery(full, full.parent / "exported"),
+    ]
+    for read in readers:
+        with pytest.raises(DamagedGalleryError, match="1 of 2 entries are damaged"):
+            read()
+    assert files(full) == before
+
+    assert mend(full).erasures == 1
+    with EmbeddedGallery(full) as gallery:
+        assert {*gallery.erasures().entries} < {*sound.entries}
+        assert len(gallery.erasures().entries) == 1
+
+
+def test_a_damaged_ledger_does_not_let_an_older_snapshot_bring_somebody_back(full: Path) -> None:
+    saved = full.parent / "saved"
+    snapshot(full, saved)
+    with EmbeddedGallery(full) as gallery:
+        gallery.remove("t7")
+    run_sql(full, "UPDATE erasures SET erased_at = 5")
+
+    with pytest.raises(SnapshotError, match="entries are damaged"):
+        restore(saved, full, replace=True)
+
+    restored = restore(saved, full, replace=True, lose_ledger=True)
+    assert restored.erased == 0
+
+
+def test_a_ledger_file_that_is_not_what_was_written_is_refused(full: Path) -> None:
+    with EmbeddedGallery(full) as gallery:
+        gallery.remove("t7")
+    file = full.parent / "ledger.json"
+    ledger = write_ledger(full, file)
+    assert read_ledger(file) == ledger
+    text = file.read_text()
+    place = text.index('"digest": "') + 12
+
+    for other in (
+        text[:place] + ("0" if text[place] != "0" else "1") + text[place + 1 :],
+        text.replace('"kind": "tracklet"', '"kind": "identity"'),
+        text.replace('"checksum": "', '"checksum": "0'),
+    ):
+        file.write_text(other)
+        with pytest.raises(LedgerError, match="damaged"):
+            read_ledger(file)
+
+    older = json.loads(text)
+    del older["checksum"]  # as versions before this one wrote it
+    file.write_text(json.dumps(older))
+    assert read_ledger(file) == ledger
+
+
+@pytest.mark.parametrize("name", ["calibration", "erasure-salt", "saved-index", "storage"])
+def test_a_property_that_is_not_what_was_stored_is_told_and_can_be_dropped(
+    directory: Path, name: str
+) -> None:
+    filled(directory, storage="float16")
+    with EmbeddedGallery(directory) as gallery:
+        gallery.remove("t7")
+        gallery.set_calibration(replace(CALIBRATION, model="trsa-test"))
+        vector = gallery.embedding("t8")
+    run_sql(directory, "INSERT OR IGNORE INTO properties VALUES ('saved-index', 'x', 1)")
+    run_sql(directory, "UPDATE properties SET value = value || ' ' WHERE name = ?", name)
+    if name != "saved-index":
+        run_sql(directory, "DELETE FROM properties WHERE name = 'saved-index'")
+    before = files(directory)
+
+    with pytest.raises(DamagedGalleryError, match=f"the gallery's {name} as it was stored"):
+        EmbeddedGallery(directory)
+    assert files(directory) == before
+
+    assert mend(directory).properties == (name,)
+    with EmbeddedGallery(directory) as gallery:
+        assert gallery.storage == "float16"
+        assert gallery.embedding("t8").tolist() == vector.tolist()
+        assert (gallery.calibration() is None) == (name == "calibration")
+        gallery.remove("t8")
+        assert len(gallery.erasures().entries) == 2
+
+
+def test_calibrating_and_grouping_refuse_what_is_not_as_it_was_stored(full: Path) -> None:
+    spoil(full)
+
+    with pytest.raises(DamagedGalleryError, match=REFUSAL):
+        read_labelled(full)
+    run_sql(full, "UPDATE tracklets SET identity = NULL WHERE tracklet_id = 't8'")
+    with pytest.raises(DamagedGalleryError, match="record of the tracklet t8"):
+        read_unnamed(full, most=9)
+
+
+def test_the_checksum_of_values_is_that_of_their_json() -> None:
+    values = ("t1", None, 3, "\u00e9", b"\xff")
+
+    assert checksum_of_values(values) == zlib.crc32(b'["t1",null,3,"\\u00e9","ff"]')
+    assert checksum_of_frames("t", ()) is None
+    assert checksum_of_frames("t", (b"a", b"b")) != checksum_of_frames("t", (b"b", b"a"))

@@ -17,6 +17,7 @@ from index.derived import Derived
 from index.embedded import EmbeddedGallery
 from index.gallery import Embeddings, Filters, GalleryUnavailableError, SearchResult
 from index.ranking import Nearest, Rows, expansion_error, rank, summation_error
+from index.rows import SUMMED
 from index.sharing import SharedCalls
 from index.store import Transaction
 from index.vectors import Allowed, IndexPlan, VectorIndex
@@ -450,7 +451,9 @@ def test_a_search_between_a_commit_and_memory_begins_again(
 
 def test_a_file_that_somebody_else_changed_is_told(gallery: EmbeddedGallery, enrol: Enrol) -> None:
     gallery.add([enrol("a", [1, 2], camera="c1")])
-    gallery._store._writer.execute("UPDATE tracklets SET camera = 'c2'")
+    writer = gallery._store._writer
+    writer.execute("UPDATE tracklets SET camera = 'c2'")
+    writer.execute(f"UPDATE tracklets SET record_checksum = values_checksum({SUMMED})")  # noqa: S608
 
     with pytest.raises(GalleryUnavailableError, match="changed by somebody else"):
         ask(gallery, np.array([1, 2], np.float32))
