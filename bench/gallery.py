@@ -2,13 +2,15 @@
 
     .venv/bin/python -m bench.gallery durability --operations 200000
     .venv/bin/python -m bench.gallery kills --kills 1000
+    .venv/bin/python -m bench.gallery kills --moving --kills 300
     .venv/bin/python -m bench.gallery writes
     .venv/bin/python -m bench.gallery sizes --tracklets 100000 --json sizes.json
 
 `durability` plays random operations beside a dictionary that knows the answers, `kills` kills their
-process at random and at named points; both print their seed, and end with an error as soon as
-anything is not as it should be. `writes` measures enrolments and searches beside them, `sizes` what
-galleries of many drawn people take and find.
+process at random and at named points, or, with `--moving`, the commands that move a gallery or
+write to one, at random and at their system calls; all print their seed, and end with an error as
+soon as anything is not as it should be. `writes` measures enrolments and searches beside them,
+`sizes` what galleries of many drawn people take and find.
 """
 
 import argparse
@@ -53,6 +55,14 @@ def _add_durability(parser: argparse.ArgumentParser) -> None:
 
 def _add_kills(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument(
+        "--moving",
+        action="store_true",
+        help="kill snapshot, restore, export, import and their like instead",
+    )
+    parser.add_argument(
+        "--only", default="", help="with --moving: what the names of scenes contain"
+    )
     _add_common(parser)
     parser.set_defaults(run=_kills)
 
@@ -180,6 +190,9 @@ def _kills(asked: argparse.Namespace) -> None:
     from bench.gallery_truth import MismatchError
 
     seed, tell = _seed(asked), _Teller(asked.every)
+    if asked.moving:
+        _kills_of_moving(asked, seed, tell)
+        return
 
     def progress(done: int, toll: Toll) -> None:
         tell(f"{done} of {asked.kills} kills, {toll.operations} operations acknowledged")
@@ -190,6 +203,27 @@ def _kills(asked: argparse.Namespace) -> None:
         sys.exit(f"failed: {error}")
     print(toll.report())
     print(f"nothing was lost, nothing came back: {asked.kills} kills in {tell.spent_s:.0f} s")
+
+
+def _kills_of_moving(asked: argparse.Namespace, seed: int, tell: "_Teller") -> None:
+    from bench.gallery_kills_moving import MovingToll, kill_moving
+    from bench.gallery_truth import MismatchError
+
+    def progress(done: int, toll: MovingToll) -> None:
+        tell(
+            f"{done} of {asked.kills} commands, {toll.missed} of them ended before they were killed"
+        )
+
+    try:
+        toll = kill_moving(
+            asked.kills, seed=seed, folder=asked.folder, only=asked.only, progress=progress
+        )
+    except MismatchError as error:
+        sys.exit(f"failed: {error}")
+    print(toll.report())
+    print(
+        f"all as before or done, nobody came back: {asked.kills} commands in {tell.spent_s:.0f} s"
+    )
 
 
 def _alone() -> None:

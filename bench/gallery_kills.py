@@ -441,7 +441,7 @@ class Killing:
     @contextmanager
     def _warned(self) -> Iterator[None]:
         """Count what reopening says."""
-        with _listening(lambda record: self.toll.warnings.update([str(record.msg)[:80]])):
+        with listening(lambda record: self.toll.warnings.update([str(record.msg)[:80]])):
             yield
 
 
@@ -462,7 +462,7 @@ class _Life:
             faulthandler.register(signal.SIGUSR1, file=write)
             if point is not None:
                 point.lay(Fuse(int(rng.integers(1, point.passes + 1))))
-            with _listening(lambda record: _fail_at_errors(record, write)):
+            with listening(lambda record: _fail_at_errors(record, write)):
                 self._play(write, rng)
         except BaseException as error:  # noqa: BLE001 - told to the parent, which raises
             _tell(write, f"error {type(error).__name__}: {error!s:.300}".replace("\n", " "))
@@ -516,7 +516,7 @@ class _Ear(logging.Handler):
 
 
 @contextmanager
-def _listening(heard: Callable[[logging.LogRecord], None]) -> Iterator[None]:
+def listening(heard: Callable[[logging.LogRecord], None]) -> Iterator[None]:
     """Hear what galleries log, and keep it from the screen."""
     log = logging.getLogger("index")
     handler = _Ear(heard)

@@ -36,8 +36,8 @@ class Columns:
         self._buffer = np.empty(64, dtype=_ROW)
         self._used = 0
         self._alive = 0
-        self._identities: dict[str, int] = {}
-        self._cameras: dict[str, int] = {}
+        self._identities = _Names()
+        self._cameras = _Names()
 
     @property
     def alive(self) -> int:
@@ -70,8 +70,8 @@ class Columns:
             self._buffer = larger
         new = self._buffer[start:end]
         new["key"] = keys
-        new["identity"] = [_code(self._identities, identity) for identity in identities]
-        new["camera"] = [_code(self._cameras, camera) for camera in cameras]
+        new["identity"] = self._identities.take(identities)
+        new["camera"] = self._cameras.take(cameras)
         new["start"] = [_NO_TIME if time is None else time for time in start_times]
         new["alive"] = True
         self._used = end
@@ -115,8 +115,13 @@ class Columns:
     ) -> None:
         """Replace what is known of a row."""
         row = self._rows[slot]
-        row["identity"] = _code(self._identities, identity)
-        row["camera"] = _code(self._cameras, camera)
+        before = row["identity"].copy(), row["camera"].copy()
+        [row["identity"]], [row["camera"]] = (
+            self._identities.take([identity]),
+            self._cameras.take([camera]),
+        )
+        self._identities.release(before[0])
+        self._cameras.release(before[1])
         row["start"] = _NO_TIME if start_time is None else start_time
 
     def name(self, slots: Rows, identity: str | None) -> None:
@@ -126,7 +131,9 @@ class Columns:
             slots: (n,) int64.
             identity: Who it is, or None.
         """
-        self._rows["identity"][slots] = _code(self._identities, identity)
+        before = self._rows["identity"][slots]
+        self._rows["identity"][slots] = self._identities.take([identity] * len(slots))
+        self._identities.release(before)
 
     def bury(self, slots: Rows) -> None:
         """Take rows away; their slots stay, dead.
@@ -136,6 +143,8 @@ class Columns:
         """
         self._rows["alive"][slots] = False
         self._alive -= len(slots)
+        self._identities.release(self._rows["identity"][slots])
+        self._cameras.release(self._rows["camera"][slots])
 
     def compact(self) -> None:
         """Close the gaps that dead slots leave; the others move up in order."""
@@ -153,8 +162,8 @@ class Columns:
         """Whether this is what is known of rows; as many of each as there are slots."""
         rows = self._rows[slots]
         expected = (
-            ("identity", [_known_code(self._identities, identity) for identity in identities]),
-            ("camera", [_known_code(self._cameras, camera) for camera in cameras]),
+            ("identity", [self._identities.known(identity) for identity in identities]),
+            ("camera", [self._cameras.known(camera) for camera in cameras]),
             ("start", [_NO_TIME if time is None else time for time in start_times]),
         )
         return all(rows[name].tolist() == values for name, values in expected)
@@ -205,24 +214,56 @@ class Columns:
         return self._buffer[: self._used]
 
 
-def _code(codes: dict[str, int], name: str | None) -> int:
-    return _NONE if name is None else codes.setdefault(name, len(codes))
+class _Names:
+    """Names as numbers: each as long as a row has it, so that what was erased is nowhere named.
+
+    A number is not used twice: dead slots keep theirs.
+    """
+
+    def __init__(self) -> None:
+        self.codes: dict[str, int] = {}
+        self._names: dict[int, str] = {}
+        self._rows = np.zeros(64, dtype=np.int64)  # how many have it, by number
+        self.made = 0
+        """How many numbers there ever were."""
+
+    def take(self, names: Iterable[str | None]) -> NDArray[np.int32]:
+        """The numbers of the names of rows that come, (n,) int32."""
+        taken = np.array([self._code(name) for name in names], dtype=np.int32)
+        np.add.at(self._rows, taken[taken != _NONE], 1)
+        return taken
+
+    def release(self, taken: NDArray[np.int32]) -> None:
+        """Forget the names that no row has any more, after some have lost theirs."""
+        lost = taken[taken != _NONE]
+        np.subtract.at(self._rows, lost, 1)
+        for code in set(lost[self._rows[lost] == 0].tolist()):
+            del self.codes[self._names.pop(code)]
+
+    def known(self, name: str | None) -> int:
+        """The number of a name, or one that no row has."""
+        return _NONE if name is None else self.codes.get(name, _UNKNOWN)
+
+    def _code(self, name: str | None) -> int:
+        if name is None:
+            return _NONE
+        code = self.codes.setdefault(name, self.made)
+        if code == self.made:
+            self._names[code] = name
+            self.made += 1
+            if self.made > len(self._rows):
+                self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        return code
 
 
-def _known_code(codes: dict[str, int], name: str | None) -> int:
-    return _NONE if name is None else codes.get(name, _UNKNOWN)
-
-
-def _among(
-    column: NDArray[np.int32], codes: dict[str, int], names: Iterable[str]
-) -> NDArray[np.bool_]:
-    chosen = [codes[name] for name in names if name in codes]
+def _among(column: NDArray[np.int32], known: _Names, names: Iterable[str]) -> NDArray[np.bool_]:
+    chosen = [known.codes[name] for name in names if name in known.codes]
     if len(chosen) <= _FEW_NAMES:  # twenty times as fast as `numpy.isin`
         mask = np.zeros(len(column), dtype=np.bool_)
         for code in chosen:
             mask |= column == code
         return mask
-    is_chosen = np.zeros(len(codes) + 1, dtype=np.bool_)  # the last is for `_NONE`
+    is_chosen = np.zeros(known.made + 1, dtype=np.bool_)  # the last is for `_NONE`
     is_chosen[chosen] = True
     among: NDArray[np.bool_] = is_chosen[column]
     return among

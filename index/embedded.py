@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -42,7 +42,7 @@ from index.gallery import (
 )
 from index.group_commit import Change, GroupCommit, attempted, commit
 from index.locks import ReadWriteLock
-from index.rows import Stored, to_microseconds
+from index.rows import Stored, from_microseconds, to_microseconds
 from index.saved import SavedIndexError
 from index.schema import damage_told
 from index.store import Chunk, Store, Transaction
@@ -298,17 +298,28 @@ class EmbeddedGallery:
             enrolled = max(at - retention // timedelta(microseconds=1), _LONG_AGO)
         erased: list[str] = []
         while self._store.has_traces or self._store.due(at, enrolled, limit=1):
-            with self._writing():
-                due = self._store.due(at, enrolled, limit=_EXPIRED_AT_ONCE)
-                if due:
-                    with self._store.transaction() as transaction:
-                        self._erase(transaction, due, at=now)
-                self._tidy()
-            erased += due.values()
+            try:
+                due = self._expire_some(at, enrolled)
+            except GalleryError as error:
+                if not erased:
+                    raise
+                # Whoever asks has to be told of those; the next call meets the error again.
+                _log.warning("the rest of what has expired is erased later: %s", error)
+                break
+            erased += due
             if len(due) < _EXPIRED_AT_ONCE:
                 break
             time.sleep(_TURN_S)
         return tuple(erased)
+
+    def _expire_some(self, at: int, enrolled: int | None) -> Collection[str]:
+        with self._writing():
+            due = self._store.due(at, enrolled, limit=_EXPIRED_AT_ONCE)
+            if due:
+                with self._store.transaction() as transaction:
+                    self._erase(transaction, due, at=from_microseconds(at))
+            self._tidy()
+        return due.values()
 
     def calibration(self) -> Calibration | None:
         """The calibration, see `index.gallery.Gallery.calibration`.

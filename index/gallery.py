@@ -372,7 +372,8 @@ class Gallery(Protocol):
             retention: Erases also what was enrolled so long ago or longer.
 
         Returns:
-            The ids of what was erased.
+            The ids of what was erased. Where a part of it was, and then something failed, those of
+            that part: the next call tells what fails.
 
         Raises:
             StorageFullError: The disk is full.

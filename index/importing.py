@@ -54,12 +54,14 @@ class Imported:
         added: Tracklets.
         already_there: Tracklets of the folder whose id and content the gallery had.
         banned: Tracklets of the folder that a ledger says were erased; they are left out.
+        expired: Tracklets of the folder whose time is over; they are left out, too.
         erased: Tracklets of the gallery that the folder's ledger says were erased; they are gone.
     """
 
     added: int
     already_there: int
     banned: int
+    expired: int
     erased: int
 
 
@@ -79,7 +81,13 @@ class _Plan:
     seen: set[str] = field(default_factory=set)
     already_there: set[str] = field(default_factory=set)
     banned: set[str] = field(default_factory=set)
+    expired: set[str] = field(default_factory=set)
     taken: list[str] = field(default_factory=list)
+
+    @property
+    def left_out(self) -> set[str]:
+        """All that are not added."""
+        return self.already_there | self.banned | self.expired
 
 
 def import_gallery(
@@ -97,6 +105,8 @@ def import_gallery(
     written, in one transaction. What is there already, with the same content, is passed over, so an
     import that was killed is repeated.
 
+    What expired before the import began is left out: a service would erase it at once.
+
     The ledgers of folder and gallery become one: what either says was erased is not added, and what
     the folder's bans in the gallery is erased, see `index.gallery.Gallery.apply_erasures`. An empty
     gallery takes the folder's calibration.
@@ -106,7 +116,7 @@ def import_gallery(
         data_dir: The gallery's data directory; made if it is missing.
         ledgers: What else was erased, see `index.ledger.read_ledger`.
         storage: How the gallery keeps embeddings, see `index.store.Store`.
-        clock: What the time is, aware: for the ledger.
+        clock: What the time is, aware: for the ledger, and for what has expired.
         progress: See `index.files.Progress`.
 
     Raises:
@@ -117,6 +127,7 @@ def import_gallery(
         GalleryUnavailableError: The directory cannot be used, or is open elsewhere.
         DamagedGalleryError: There is a file in it that is not a gallery.
     """
+    now = clock()
     source = _Source(folder)
     theirs = _joined([source.ledger, *ledgers])
     with ExitStack() as stack:
@@ -124,18 +135,24 @@ def import_gallery(
         if (data_dir / FILE_NAME).exists():  # else none is made before the folder is known as good
             store = stack.enter_context(_opened(data_dir, storage))
             _check_fit(source.manifest, store)
-        plan = _examine(source, store, _joined(ledgers), progress)
+        plan = _examine(source, store, _joined(ledgers), now, progress)
         store = store or stack.enter_context(_opened(data_dir, storage))
         was_empty = store.content().tracklets == 0
         with store.transaction() as transaction:
-            erased = _apply(theirs, transaction, clock())
+            erased = _apply(theirs, transaction, now)
             added = _add(source, plan, transaction, progress)
             if was_empty and source.calibration is not None:
                 transaction.replace_calibration(source.calibration)
             transaction.commit()
         if erased:
             store.forget(at_once=True)
-    return Imported(added, len(plan.already_there), len(plan.banned), erased)
+    return Imported(
+        added=added,
+        already_there=len(plan.already_there),
+        banned=len(plan.banned),
+        expired=len(plan.expired),
+        erased=erased,
+    )
 
 
 @contextmanager
@@ -163,7 +180,9 @@ def _check_fit(manifest: ExportManifest, store: Store) -> None:
         raise ExchangeError(message)
 
 
-def _examine(source: "_Source", store: Store | None, others: Erasures, progress: Progress) -> _Plan:
+def _examine(
+    source: "_Source", store: Store | None, others: Erasures, now: datetime, progress: Progress
+) -> _Plan:
     """Read all of the folder, and decide for each tracklet; nothing is written."""
     # Whoever is in the folder outlived what its own ledger says: a name may be given again.
     ledger = _joined([others, store.erasures()] if store else [others]).without(source.ledger)
@@ -172,7 +191,7 @@ def _examine(source: "_Source", store: Store | None, others: Erasures, progress:
         contents = _contents(store, part) if store else {}
         for row in part:
             source.strip(row)
-            _decide(row.record, plan, ledger, contents.get(row.record.tracklet_id))
+            _decide(row.record, plan, ledger, now, contents.get(row.record.tracklet_id))
     if plan.taken:
         listed = ", ".join(plan.taken[:_LISTED_IDS])
         raise ExchangeError(
@@ -182,7 +201,9 @@ def _examine(source: "_Source", store: Store | None, others: Erasures, progress:
     return plan
 
 
-def _decide(record: TrackletRecord, plan: _Plan, ledger: Erasures, content: str | None) -> None:
+def _decide(
+    record: TrackletRecord, plan: _Plan, ledger: Erasures, now: datetime, content: str | None
+) -> None:
     tracklet_id = record.tracklet_id
     if tracklet_id in plan.seen:
         raise ExchangeError(f"{TRACKLETS_NAME}: expected each id once, got {tracklet_id} twice")
@@ -191,6 +212,8 @@ def _decide(record: TrackletRecord, plan: _Plan, ledger: Erasures, content: str 
         plan.banned.add(tracklet_id)
     elif content == record.content:
         plan.already_there.add(tracklet_id)
+    elif record.expires_at is not None and record.expires_at <= now:
+        plan.expired.add(tracklet_id)
     elif content is not None:
         plan.taken.append(tracklet_id)
 
@@ -215,7 +238,7 @@ def _apply(ledger: Erasures, transaction: Transaction, now: datetime) -> int:
 
 def _add(source: "_Source", plan: _Plan, transaction: Transaction, progress: Progress) -> int:
     """Insert what is to be added; returns how many tracklets that were."""
-    left_out = plan.already_there | plan.banned
+    left_out = plan.left_out
     added = 0
     if left_out == plan.seen:  # as where an import is repeated
         return added

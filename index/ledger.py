@@ -5,8 +5,9 @@ from pathlib import Path
 
 from index.checksums import EVERYTHING_SINCE
 from index.erasures import Erasures
-from index.files import create, open_regular, sync, told, workshop
+from index.files import create, open_regular, sync, told
 from index.gallery import GalleryError
+from index.leftovers import making
 from index.reading import reading
 from index.schema import version_of
 from index.store import read_erasures
@@ -86,7 +87,7 @@ def write_ledger(directory: Path, target: Path) -> Erasures:
     """
     ledger = stored_ledger(directory)
     with (
-        workshop(target.parent / f".{target.name}.making", LedgerError) as work,
+        making(target, LedgerError) as work,
         told(f"write the ledger {target.name}", LedgerError),
     ):
         made = work / "ledger.json"

@@ -7,10 +7,13 @@ the last step but one, and the new one after it:
 2. The database is unpacked into `passerby.restoring`, checked, and brought to the newest form.
 3. What the ledgers ban is erased from it, and its traces overwritten.
 4. The old file takes in its write-ahead log, which is gone then: the new one must not find it.
-5. The old file gets a second name in a directory of its own, `passerby.replaced-...`.
-6. A saved index is removed: it is made again, and may hold what is not in the new gallery.
+5. A saved index is removed: it is made again, and may hold what is not in the new gallery.
+6. The old file gets a second name in a directory of its own, `passerby.replaced-...`.
 7. The new file takes the old one's name. This is the moment.
 8. `passerby.restoring` is removed.
+
+Who is killed between 6 and 7 leaves the old gallery with a second name, which the next restore
+removes; who is killed between 7 and 8, `passerby.restoring`, which the next start removes.
 """
 
 import os
@@ -27,6 +30,8 @@ from index.erasures import Erasures
 from index.files import Progress, create, no_progress, sync, told, workshop
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
 from index.ledger import stored_ledger
+from index.leftovers import REPLACED_NAME as REPLACED_NAME  # imported from here, too
+from index.leftovers import remove_second_names, remove_unfinished
 from index.locks import DirectoryLock
 from index.recognition import inspect
 from index.saved import SavedIndex
@@ -35,9 +40,9 @@ from index.snapshot import check_model
 from index.store import FILE_NAME, LOCK_NAME, RESTORING_NAME, Store
 
 WORK_NAME = RESTORING_NAME
-REPLACED_NAME = "passerby.replaced-"
 # What SQLite keeps beside a file, and would apply to another one of that name.
 _COMPANIONS = tuple(f"{FILE_NAME}-{kind}" for kind in ("wal", "shm", "journal"))
+_MOMENT = "%Y%m%dT%H%M%S%fZ"
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 
@@ -49,11 +54,14 @@ class Restored:
         manifest: Of the snapshot.
         erased: How many of its tracklets the ledgers banned: they are not there.
         replaced: Where the files of the gallery are that was there before; None where none was.
+        others: Names in the data directory of those that earlier restores put aside. Who was killed
+            in the end told nobody of his.
     """
 
     manifest: Manifest
     erased: int
     replaced: Path | None
+    others: tuple[str, ...] = ()
 
 
 def restore(
@@ -95,6 +103,8 @@ def restore(
             if is_there and not replace:
                 message = f"expected a directory without a gallery, got one with: {data_dir}"
                 raise SnapshotError(message)
+            remove_second_names(data_dir / FILE_NAME)
+            remove_unfinished(data_dir)
             with (
                 workshop(data_dir / WORK_NAME, SnapshotError) as work,
                 told("restore the snapshot", SnapshotError),
@@ -105,16 +115,13 @@ def restore(
                 progress("erasing", 0, 1)
                 erased = _apply(banning, work, clock())
                 progress("erasing", 1, 1)
-                replaced = None
-                if is_there:
-                    replaced = (
-                        data_dir / f"{REPLACED_NAME}{clock().astimezone(UTC):%Y%m%dT%H%M%S%fZ}"
-                    )
-                    _put_aside(data_dir, replaced, sound=known is not None)
+                if is_there and known is not None:
+                    _take_in_log(data_dir / FILE_NAME)
                 SavedIndex(data_dir).destroy()
-                (work / FILE_NAME).replace(data_dir / FILE_NAME)
-                sync(data_dir)
-            return Restored(archive.manifest, erased, replaced)
+                others = tuple(sorted(one.name for one in data_dir.glob(f"{REPLACED_NAME}*")))
+                replaced = _put_aside(data_dir, work / "aside", clock()) if is_there else None
+                _take_place(work / FILE_NAME, data_dir)
+            return Restored(archive.manifest, erased, replaced, others)
 
 
 @contextmanager
@@ -186,22 +193,41 @@ def _apply(ledgers: Sequence[Erasures], directory: Path, now: datetime) -> int:
     return len(banned)
 
 
-def _put_aside(data_dir: Path, aside: Path, *, sound: bool) -> None:
+def _put_aside(data_dir: Path, unnamed: Path, now: datetime) -> Path:
     """Give the old files second names, and see to it that the new one is not taken for an old one.
 
     A gallery that cannot be read, and whose loss was accepted, loses its write-ahead log here: who
     is killed between this and the next step finds what there was among the files aside.
+
+    Args:
+        data_dir: Where they are.
+        unnamed: A directory to be made in the workshop: what is half done is removed with that.
+        now: What the time is, aware.
+
+    Returns:
+        What the directory is called when it is done.
     """
-    if sound:
-        _take_in_log(data_dir / FILE_NAME)
-    aside.mkdir(mode=0o700)
+    aside = data_dir / f"{REPLACED_NAME}{now.astimezone(UTC):{_MOMENT}}"
+    unnamed.mkdir(mode=0o700)
     for name in (FILE_NAME, *_COMPANIONS):
         if os.path.lexists(data_dir / name):
-            _link(data_dir / name, aside / name)
-    sync(aside)
+            _link(data_dir / name, unnamed / name)
+    sync(unnamed)
+    unnamed.rename(aside)
     sync(data_dir)
     for name in _COMPANIONS:
         (data_dir / name).unlink(missing_ok=True)
+    sync(data_dir)
+    return aside
+
+
+def _take_place(database: Path, data_dir: Path) -> None:
+    """Let a new file take the old one's name; if that fails, the old one has no second name."""
+    try:
+        database.replace(data_dir / FILE_NAME)
+    except OSError:
+        remove_second_names(data_dir / FILE_NAME)
+        raise
     sync(data_dir)
 
 

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from index.archive import Archive, Manifest, SnapshotError, open_archive, write_archive
-from index.files import Progress, create, no_progress, sync, told, workshop
+from index.files import Progress, create, no_progress, sync, told
+from index.leftovers import making
 from index.reading import reading
 from index.recognition import inspect
 from index.schema import translated
@@ -50,7 +51,7 @@ def snapshot(
     """
     target = target.absolute()
     _check_free(target, overwrite=overwrite)
-    with workshop(target.parent / f".{target.name}.making", SnapshotError) as work:
+    with making(target, SnapshotError) as work:
         database, made = work / FILE_NAME, work / "snapshot"
         with told("write the snapshot", SnapshotError):
             create(database).close()  # SQLite would let others read it

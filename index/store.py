@@ -32,6 +32,7 @@ from index.gallery import (
     NotFoundError,
 )
 from index.intact import check_intact
+from index.leftovers import remove_second_names, remove_unfinished
 from index.locks import DirectoryLock
 from index.probe import WriteProbe
 from index.properties import Name, read_property, replace_property, stored_as
@@ -196,8 +197,10 @@ class Store:
         self._is_saved_outdated = False
         self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         self._closed = False
-        # Of a restore that was killed: embeddings of people who may have been erased since.
+        # Of commands that were killed: embeddings of people who may have been erased since.
         shutil.rmtree(directory / RESTORING_NAME, ignore_errors=True)
+        remove_unfinished(directory)
+        remove_second_names(self._path)
 
     def close(self, *, as_it_is: bool = False) -> None:
         """Release the file. Reads that have begun may end; new ones are refused.

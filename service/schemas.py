@@ -16,6 +16,8 @@ from pydantic import (
     StringConstraints,
     model_validator,
 )
+from pydantic import ValidationError as PydanticError
+from pydantic_core import PydanticCustomError
 
 from index.gallery import Filters, GroupBy, IdentitySummary, TrackletRecord
 from index.json_values import check_json
@@ -55,6 +57,23 @@ def _to_utc(value: datetime) -> datetime:
 
 
 Time = Annotated[AwareDatetime, BeforeValidator(_check_is_text), AfterValidator(_to_utc)]
+
+
+def now() -> datetime:
+    """What the time is, UTC."""
+    return datetime.now(UTC)
+
+
+def _check_to_come(value: datetime) -> datetime:
+    """Refuse what would erase a tracklet at once: a wrong zone or year, hardly ever a wish."""
+    if value <= (here := now()):
+        raise ValueError(
+            f"expected a time to come, later than {format_time(here)}, got one that is over"
+        )
+    return value
+
+
+Expiry = Annotated[Time, AfterValidator(_check_to_come)]
 
 
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +202,7 @@ class EnrolFields(Body):
     start_time: Time | None = None
     end_time: Time | None = None
     metadata: Metadata = Field(default_factory=dict)
-    expires_at: Time | None = None
+    expires_at: Expiry | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -213,7 +232,7 @@ class PatchBody(Body):
     start_time: Time | None = None
     end_time: Time | None = None
     metadata: Metadata | None = None
-    expires_at: Time | None = None
+    expires_at: Expiry | None = None
 
     def changes(self, record: TrackletRecord) -> dict[str, Any]:
         """New values by field name.
@@ -275,6 +294,12 @@ class NoParameters(Body):
     """For routes without any: one that would be ignored is a mistake, and refused."""
 
 
+_NO_FRAMES = (
+    "expected no explain of a stored tracklet, got one: what is stored is its embedding, and there "
+    "are no frames to look at; POST /query with its frames explains"
+)
+
+
 class SearchParameters(Body):
     """What to search for, and where."""
 
@@ -287,6 +312,17 @@ class SearchParameters(Body):
     max_distance: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Leave out matches farther than this."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_why_not_explain(cls, values: Any) -> Any:
+        # Where only frames could explain, and there are none, "not permitted" would not say so.
+        if "explain" in values and "explain" not in cls.model_fields:
+            reason = PydanticCustomError("no_frames", _NO_FRAMES)
+            raise PydanticError.from_exception_data(
+                cls.__name__, [{"type": reason, "loc": ("explain",), "input": None}]
+            )
+        return values
 
     def filters(self, *, exclude_tracklets: frozenset[str] = frozenset()) -> Filters:
         """As the gallery takes them."""
@@ -492,7 +528,7 @@ _ENROL_SCHEMA: dict[str, Any] = {
     "expires_at": {
         "type": "string",
         "format": "date-time",
-        "description": "When it is erased, to the minute.",
+        "description": "When it is erased, to the minute; a time to come.",
     },
 }
 

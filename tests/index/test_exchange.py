@@ -7,7 +7,7 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def test_an_export_comes_back_as_it_was(full: Path, folder: Path) -> None:
     """All but the frames, which are not exported."""
     done = import_gallery(folder, full.parent / "other")
 
-    assert done == Imported(added=6, already_there=0, banned=0, erased=0)
+    assert done == Imported(added=6, already_there=0, banned=0, expired=0, erased=0)
     with EmbeddedGallery(full.parent / "other") as gallery:
         records = gallery.list(Filters(), limit=100).records
         found = {
@@ -165,7 +165,7 @@ def test_an_empty_gallery_goes_and_comes(directory: Path) -> None:
 
     done = import_gallery(directory.parent / "export", directory.parent / "other")
 
-    assert done == Imported(0, 0, 0, 0)
+    assert done == Imported(added=0, already_there=0, banned=0, expired=0, erased=0)
     loaded = np.load(directory.parent / "export" / "embeddings.npy", allow_pickle=False)
     assert loaded.shape == (0, 0)
     assert ids(directory.parent / "other") == []
@@ -350,7 +350,7 @@ def test_an_import_can_be_repeated(full: Path, folder: Path) -> None:
 
     again = import_gallery(folder, full.parent / "other")
 
-    assert again == Imported(added=0, already_there=6, banned=0, erased=0)
+    assert again == Imported(added=0, already_there=6, banned=0, expired=0, erased=0)
     assert len(ids(full.parent / "other")) == 6
 
 
@@ -422,6 +422,51 @@ def test_another_dimension_is_refused(full: Path, folder: Path) -> None:
         import_gallery(folder, full.parent / "other")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expired"), [(1, 0), (0, 3), (-1, 3)], ids=["before", "at", "after"]
+)
+def test_what_has_expired_by_now_is_left_out_and_counted(
+    full: Path, folder: Path, seconds: int, expired: int
+) -> None:
+    """Half of them expire in 2030, wherever the clock of whoever imports is."""
+    now = datetime(2030, 1, 1, tzinfo=UTC) - timedelta(seconds=seconds)
+    elsewhere = now.astimezone(timezone(timedelta(hours=-11)))
+
+    done = import_gallery(folder, full.parent / "other", clock=lambda: elsewhere)
+
+    assert (done.added, done.expired) == (6 - expired, expired)
+    assert ids(full.parent / "other") == [
+        f"t{row}" for row in range(6) if not (expired and row % 2)
+    ]
+
+
+def test_what_has_expired_but_is_there_already_or_was_erased_is_not_counted_twice(
+    full: Path, folder: Path
+) -> None:
+    import_gallery(folder, full.parent / "other")
+    erase(full.parent / "other", tracklet="t3")
+
+    done = import_gallery(
+        folder, full.parent / "other", clock=lambda: datetime(2031, 1, 1, tzinfo=UTC)
+    )
+
+    assert done == Imported(added=0, already_there=5, banned=1, expired=0, erased=0)
+
+
+def test_an_expired_tracklet_is_in_nobodys_way(full: Path, folder: Path) -> None:
+    """Its id may have been given to something else meanwhile."""
+    with EmbeddedGallery(full.parent / "other") as gallery:
+        gallery.add([make_enrolment("t1", [1, 2, 3], content="f" * 64)])
+
+    done = import_gallery(
+        folder, full.parent / "other", clock=lambda: datetime(2031, 1, 1, tzinfo=UTC)
+    )
+
+    assert (done.added, done.expired) == (3, 3)
+    with EmbeddedGallery(full.parent / "other") as gallery:
+        assert gallery.get("t1").content == "f" * 64
+
+
 # Erased is erased
 
 
@@ -430,7 +475,7 @@ def test_whoever_was_erased_here_is_not_imported_again(full: Path, folder: Path)
 
     done = import_gallery(folder, full)
 
-    assert done == Imported(added=0, already_there=3, banned=3, erased=0)
+    assert done == Imported(added=0, already_there=3, banned=3, expired=0, erased=0)
     assert ids(full) == ["t0", "t2", "t3"]
     assert b"person-1" not in (full / FILE_NAME).read_bytes()
 
@@ -444,8 +489,8 @@ def test_whoever_was_erased_there_goes_here_too(full: Path, folder: Path) -> Non
     done = import_gallery(full.parent / "newer", full.parent / "other")
     back = import_gallery(folder, full.parent / "other")
 
-    assert done == Imported(added=0, already_there=4, banned=0, erased=2)
-    assert back == Imported(added=0, already_there=4, banned=2, erased=0)
+    assert done == Imported(added=0, already_there=4, banned=0, expired=0, erased=2)
+    assert back == Imported(added=0, already_there=4, banned=2, expired=0, erased=0)
     assert ids(full.parent / "other") == ["t0", "t2", "t3", "t5"]
     assert set(stored_ledger(full).entries) < set(stored_ledger(full.parent / "other").entries)
 

@@ -303,7 +303,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(full: Path) -> None:
 def test_no_link_is_followed(full: Path) -> None:
     victim = full.parent / "victim"
     (full.parent / "a").symlink_to(victim)
-    (full.parent / ".b.making").symlink_to(full)
+    (full.parent / ".b.passerby-making").symlink_to(full)
     before = contents(full)
 
     with pytest.raises(SnapshotError):
@@ -320,7 +320,7 @@ def test_no_link_is_followed(full: Path) -> None:
 def test_two_snapshots_to_one_name_do_not_meet_and_what_a_killed_one_left_is_removed(
     full: Path,
 ) -> None:
-    target, work = full.parent / "a", full.parent / ".a.making"
+    target, work = full.parent / "a", full.parent / ".a.passerby-making"
     with (
         workshop(work, SnapshotError),
         pytest.raises(SnapshotError, match="got another process"),
@@ -699,6 +699,8 @@ for at in range(1, 1000):
         if after[-1] == OLD:  # and what was left over is in nobody's way
             assert not attempt(None)
             assert state() == NEW, (at, state())
+            if origin.exists():
+                assert len([*target.glob("passerby.replaced-*")]) == 1, at
 assert not (target / "passerby.restoring").exists()
 assert after == sorted(after, key=lambda one: one != OLD)  # no way back
 print(at, after.count(OLD) if origin.exists() else 0)
@@ -727,6 +729,56 @@ def test_a_restore_killed_at_any_point_leaves_the_old_gallery_or_the_new_one(
     points, old = map(int, said.split())
     assert points > 40
     assert 0 < old < points
+
+
+def test_a_gallery_put_aside_by_a_killed_restore_goes_and_one_that_was_replaced_stays(
+    full: Path, saved: Path
+) -> None:
+    """The first is the gallery that is still there; the second one nobody else has."""
+    replaced = restore(saved, full, replace=True, clock=lambda: NOON).replaced
+    killed = full / f"{REPLACED_NAME}20260101T000000000000Z"
+    killed.mkdir()
+    os.link(full / FILE_NAME, killed / FILE_NAME)
+    unsound = full / f"{REPLACED_NAME}20260102T000000000000Z"
+    unsound.mkdir()
+    os.link(full / FILE_NAME, unsound / FILE_NAME)
+    (unsound / f"{FILE_NAME}-wal").write_bytes(b"the only one")
+
+    done = restore(saved, full, replace=True)
+
+    assert replaced is not None
+    assert done.others == (unsound.name, replaced.name)
+    assert not killed.exists()
+    assert len(ids(replaced)) == 6
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next_one_of_any_name(
+    full: Path, saved: Path
+) -> None:
+    """Backups are named by their day; a copy of everybody would stay where nobody looks."""
+    killed, works = full.parent / ".monday.passerby-making", full.parent / ".b.passerby-making"
+    foreign = full.parent / ".mine.making"
+    for one in (killed, foreign):
+        one.mkdir()
+        (one / FILE_NAME).write_bytes(saved.read_bytes())
+
+    with workshop(works, SnapshotError):
+        snapshot(full, full.parent / "tuesday")
+        left = {one.name for one in full.parent.iterdir()}
+
+    assert left == {"gallery", "tuesday", saved.name, works.name, foreign.name}
+
+
+def test_what_a_killed_command_left_in_the_data_directory_is_removed_by_a_restore(
+    full: Path, saved: Path
+) -> None:
+    killed = full / ".monday.passerby-making"
+    killed.mkdir()
+    (killed / FILE_NAME).write_bytes(saved.read_bytes())
+
+    restore(saved, full, replace=True)
+
+    assert not killed.exists()
 
 
 def test_a_restore_to_an_empty_place_killed_at_any_point_leaves_nothing_or_all(
@@ -815,7 +867,7 @@ def test_a_restore_that_fails_at_its_end_leaves_the_old_gallery(
             restore(saved, full, replace=True)
 
     assert ids(full) == ["t1", "t2", "t3", "t4", "t5"]
-    assert not (full / WORK_NAME).exists()
+    assert {one.name for one in full.iterdir()} == {FILE_NAME, LOCK_NAME}
 
 
 # The ledger alone

@@ -4,7 +4,7 @@ import io
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from index.embedded import EmbeddedGallery
 from index.gallery import NotFoundError
 from model.frames import choose_frames
+from service import schemas
 from service.settings import LimitSettings
 from tests.service.conftest import FakeEmbedder, Start, assert_problem, assert_refused, enrol
 from tests.service.making import (
@@ -550,3 +551,94 @@ def test_no_frame_is_kept_unasked(start: Start, gallery: EmbeddedGallery) -> Non
 
     with pytest.raises(NotFoundError):
         gallery.frames(record["tracklet_id"])
+
+
+NOON = datetime(2126, 11, 22, 12, tzinfo=UTC)
+# What has passed at noon UTC, or passes then, wherever it is written down.
+_OVER = (
+    "2126-11-22T12:00:00Z",
+    "2126-11-22T12:00:00.000000+00:00",
+    "2126-11-22T14:00:00+02:00",
+    "2126-11-22T13:59:59.999999+02:00",
+    "2126-11-22T00:30:00-11:30",
+    "2126-11-22t12:00:00z",
+    "2126-11-21T23:59:59Z",
+    "1970-01-01T00:00:00Z",
+    "0001-01-01T00:00:00Z",
+)
+_TO_COME = (
+    "2126-11-22T12:00:00.000001Z",
+    "2126-11-22T12:00:01Z",
+    "2126-11-22T14:00:01+02:00",
+    "2126-11-22T00:30:01-11:30",
+    "2126-11-23T01:59:59+13:59",
+    "9999-12-31T23:59:59Z",
+)
+
+
+@pytest.fixture
+def at_noon(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """A service where it is noon in 2126."""
+    monkeypatch.setattr(schemas, "now", lambda: NOON)
+    return client
+
+
+@pytest.mark.parametrize("time", _OVER)
+def test_a_tracklet_that_would_be_erased_at_once_is_refused(at_noon: TestClient, time: str) -> None:
+    """A wrong zone or year must not destroy footage without a word."""
+    answer = at_noon.post("/gallery", files=GOOD, data={"expires_at": time})
+
+    [error] = assert_refused(at_noon, answer, 422, "validation")["errors"]
+    assert error["pointer"] == "/expires_at"
+    assert error["detail"] == (
+        "expected a time to come, later than 2126-11-22T12:00:00Z, got one that is over"
+    )
+
+
+@pytest.mark.parametrize("time", _OVER)
+def test_a_change_to_a_time_that_is_over_changes_nothing(at_noon: TestClient, time: str) -> None:
+    before = enrol(at_noon, tracklet_id="t", expires_at="2127-01-01T00:00:00Z", camera="c1")
+
+    answer = at_noon.patch("/gallery/t", json={"expires_at": time, "camera": "c2"})
+
+    [error] = assert_problem(answer, 422, "validation")["errors"]
+    assert error["pointer"] == "/body/expires_at"
+    assert "later than 2126-11-22T12:00:00Z" in error["detail"]
+    assert at_noon.get("/gallery/t").json() == before
+
+
+@pytest.mark.parametrize("time", _TO_COME)
+def test_a_tracklet_may_expire_at_any_time_to_come(at_noon: TestClient, time: str) -> None:
+    expected = datetime.fromisoformat(time)
+
+    enrolled = enrol(at_noon, tracklet_id="a", expires_at=time)
+    enrol(at_noon, tracklet_id="b")
+    changed = at_noon.patch("/gallery/b", json={"expires_at": time})
+
+    assert changed.status_code == 200
+    for record in (enrolled, changed.json()):
+        assert datetime.fromisoformat(record["expires_at"]) == expected
+        assert record["expires_at"].endswith("Z")
+
+
+def test_what_has_expired_by_now_can_be_given_more_time_and_changed_otherwise(
+    at_noon: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrol(at_noon, tracklet_id="t", expires_at="2126-11-22T13:00:00Z")
+    monkeypatch.setattr(schemas, "now", lambda: NOON + timedelta(hours=2))
+
+    assert at_noon.patch("/gallery/t", json={"camera": "c2"}).status_code == 200
+    longer = {"expires_at": "2126-11-22T15:00:00Z"}
+    assert at_noon.patch("/gallery/t", json=longer).json()["expires_at"] == longer["expires_at"]
+
+
+def test_a_stored_tracklet_explains_nothing_and_says_why(client: TestClient) -> None:
+    enrol(client, tracklet_id="t")
+
+    for value in ("true", "false"):
+        answer = client.get("/gallery/t/matches", params={"explain": value})
+
+        [error] = assert_problem(answer, 422, "validation")["errors"]
+        assert error["pointer"] == "/query/explain"
+        assert "there are no frames to look at" in error["detail"]
+    assert client.post("/query", files=GOOD, params={"explain": "true"}).json()["attention"]

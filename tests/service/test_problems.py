@@ -31,9 +31,10 @@ CONTRACT = {
 
 
 def children(error: type[Exception]) -> Iterator[type[Exception]]:
-    """All subclasses, theirs included."""
+    """All subclasses, theirs included; a module's own have the status of their base."""
     for child in error.__subclasses__():
-        yield child
+        if not child.__name__.startswith("_"):
+            yield child
         yield from children(child)
 
 
