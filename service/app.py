@@ -22,7 +22,7 @@ from service.headers import (
     CORS_METHODS,
     CORS_REQUEST_HEADERS,
     HeadersMiddleware,
-    page_policies,
+    policy_of,
 )
 from service.keys import KeyRing
 from service.metrics import Metrics
@@ -34,6 +34,7 @@ from service.middleware import (
 )
 from service.parts import Parts, Slots
 from service.readiness import Readiness
+from service.routes import docs as docs_routes
 from service.routes import gallery as gallery_routes
 from service.routes import identities as identity_routes
 from service.routes import metrics as metrics_routes
@@ -103,6 +104,8 @@ def create_app(
         version=version("passerby"),
         description=_DESCRIPTION,
         lifespan=_lifespan,
+        docs_url=None,  # ours load nothing from elsewhere
+        redoc_url=None,
         redirect_slashes=False,  # it would send a client wherever its Host header says
         dependencies=[Depends(check_rule)],
     )
@@ -114,6 +117,7 @@ def create_app(
     # Those that have least time first: each is looked for in this order.
     for routes in (query_routes, gallery_routes, identity_routes, status_routes, metrics_routes):
         app.include_router(routes.router)
+    app.include_router(docs_routes.router)
     problems.install(app)
     _describe(app, keys)
     # The last one added is the outermost.
@@ -140,7 +144,8 @@ def create_app(
     if tracing is not None:
         app.add_middleware(TracingMiddleware, tracing=tracing)
     app.add_middleware(RequestMiddleware, metrics=metrics)
-    app.add_middleware(HeadersMiddleware, policies=page_policies(app))
+    policies = {path: policy_of(page) for path, page in docs_routes.page_contents().items()}
+    app.add_middleware(HeadersMiddleware, policies=policies)
     return app
 
 
@@ -181,7 +186,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(parts.decoders.start)
     trail: Trail | None = app.state.trail
     keys: KeyRing = app.state.keys
-    tasks = [asyncio.create_task(one) for one in (sweep(parts), keys.follow())]
+    tasks = [asyncio.create_task(one) for one in (sweep(parts, trail=trail), keys.follow())]
     if trail is not None:
         tasks.append(asyncio.create_task(trail.follow()))
     try:

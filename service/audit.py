@@ -4,6 +4,10 @@ A line is written before its answer leaves, so nobody hears what the trail does 
 has a line more, written before the store is changed; what has only that one was cut off. Names are
 in the trail as salted hashes (`index.erasures.digest`): `passerby audit` can tell whom they mean
 while the gallery knows the name, and an erasure needs no change of what was written.
+
+Several processes append: the service, and commands beside it. Whoever does holds the newest file's
+lock, and whoever begins another file holds that of the one before. So a line goes to the newest
+file, and what is not the newest is never written again.
 """
 
 import asyncio
@@ -32,6 +36,8 @@ from service.keys import give_to_owner
 log = logging.getLogger(__name__)
 DIRECTORY = "audit"
 SALT_NAME = "salt"
+# Of the next file, until room is kept for it.
+MAKING_NAME = ".audit-making"
 FILE_PATTERN = re.compile(r"audit-(\d{8})\.jsonl")
 MIB = 1 << 20
 # Seconds that an answer waits for its line. A disk that hangs must not keep it for ever.
@@ -133,32 +139,30 @@ def _settle_salt(directory: Path) -> bytes:
     return read_salt(directory)
 
 
-def _check_in_place(file: os.stat_result) -> None:
-    """Refuse to write where nobody will read.
-
-    Raises:
-        AuditUnavailableError: The file has been removed.
-    """
-    if file.st_nlink == 0:
-        raise AuditUnavailableError(
-            "the file of the audit trail was removed; restart the service to begin another"
-        )
-
-
 class Trail:
-    """The files of a trail, open for appending; any thread may append.
+    """The files of a trail, open for appending; any thread may append, and any process.
 
     Args:
         directory: Of the trail alone; made if missing, for its owner only.
         file_bytes: From how many on another file is begun.
         files: How many are kept, the newest included; older ones are removed.
+        is_guest: For a command, which only appends: how large files grow, how many are kept and
+            what room is kept for them is the service's to say.
 
     Raises:
         AuditError: The trail cannot be opened.
     """
 
-    def __init__(self, directory: Path, *, file_bytes: int = 64 * MIB, files: int = 16) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        file_bytes: int = 64 * MIB,
+        files: int = 16,
+        is_guest: bool = False,
+    ) -> None:
         self._directory = directory
+        self._is_guest = is_guest
         self._file_bytes = file_bytes
         self._files = files
         self._reserve_bytes = min(RESERVE_BYTES, file_bytes)
@@ -172,10 +176,9 @@ class Trail:
                 one.mkdir(mode=0o700, parents=True, exist_ok=True)
             _give_directory(directory)
             self.pseudonyms = Pseudonyms(_settle_salt(directory))
-            known = files_of(directory)
-            self._number = _number(known[-1]) if known else 1
-            self._file = self._open()
-            self._reserve(self._file)
+            self._number, self._file = self._open_newest()
+            if not is_guest:
+                self._reserve(self._file)
         except OSError as error:
             message = f"cannot open the audit trail: {error.strerror or error}"
             raise AuditError(message) from error
@@ -194,7 +197,7 @@ class Trail:
             self._resume()
             self._write(line)
         except (StorageFullError, AuditUnavailableError) as error:
-            if self._failing_since is None:  # once, not for each request
+            if self._failing_since is None and not self._is_guest:  # once, not for each request
                 log.error("%s; what it would have to tell of is refused", error)
                 self._failing_since = datetime.now(UTC)
             raise
@@ -214,29 +217,81 @@ class Trail:
             self._append(content)
 
     def _append(self, content: bytes) -> None:
-        if self._file < 0:
-            raise AuditUnavailableError("the audit trail is closed")
-        # A command may append as well; whoever cuts off a part of a line must not meet another's.
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        with self._newest() as size:
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                # Somebody was killed, or power was lost, in the middle of a line.
+                content = b"\n" + content
+            self._write_whole(content, size)
+            self._is_dirty = True
+            if self._is_guest:
+                return
+            if size + len(content) >= self._file_bytes:
+                self._rotate()
+            elif size + len(content) > self._reserved_to - self._reserve_bytes // 2:
+                self._reserve(self._file)
+
+    def _write_whole(self, content: bytes, size: int) -> None:
+        written = 0
         try:
-            found = os.fstat(self._file)
-            _check_in_place(found)
-            size = found.st_size
-            written = 0
+            while written < len(content):
+                written += os.write(self._file, content[written:])
+        except OSError:
+            if written:
+                os.ftruncate(self._file, size)
+                self._reserved_to = 0  # that went, too
+            raise
+
+    @contextmanager
+    def _newest(self) -> Iterator[int]:
+        """Hold the newest file against other processes; gives its size.
+
+        Raises:
+            AuditUnavailableError: It has been removed, or the trail is closed.
+        """
+        while True:
+            if self._file < 0:
+                raise AuditUnavailableError("the audit trail is closed")
+            held = self._file
+            fcntl.flock(held, fcntl.LOCK_EX)
             try:
-                while written < len(content):
-                    written += os.write(self._file, content[written:])
-            except OSError:
-                if written:
-                    os.ftruncate(self._file, size)
-                raise
+                found = os.fstat(held)
+                if not self._is_followed(found):
+                    yield found.st_size
+                    return
+                _give_back(held)
+            finally:
+                # In words: a sync may have the same file open, and would go on holding the lock.
+                fcntl.flock(held, fcntl.LOCK_UN)
+                if held != self._file:
+                    os.close(held)
+            self._go_on()
+
+    def _is_followed(self, found: os.stat_result) -> bool:
+        """Whether another process has begun another file.
+
+        Raises:
+            AuditUnavailableError: The file was removed, and there is no newer one.
+        """
+        if os.path.lexists(_path(self._directory, self._number + 1)):
+            return True
+        if found.st_nlink:
+            return False
+        # Several files on, this one may be among those that are too old.
+        if (known := files_of(self._directory)) and _number(known[-1]) > self._number:
+            return True
+        raise AuditUnavailableError(
+            "the file of the audit trail was removed; restart the service to begin another"
+        )
+
+    def _go_on(self) -> None:
+        """Leave a file for the newest one; it is not held."""
+        number, following = self._open_newest()
+        left, self._file, self._number = self._file, following, number
+        self._reserved_to = 0
+        try:
+            os.fsync(left)  # of what we wrote, which `sync` would look for in the newest
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._is_dirty = True
-        if size + len(content) >= self._file_bytes:
-            self._rotate()
-        elif size + len(content) > self._reserved_to - self._reserve_bytes // 2:
-            self._reserve(self._file)
+            os.close(left)
 
     def _reserve(self, file: int) -> bool:
         """Take room for lines to come; False where there is none. Not every system can do that."""
@@ -245,47 +300,58 @@ class Trail:
         return reserve(file, size, self._reserve_bytes) not in _FULL
 
     def _rotate(self) -> None:
-        """Begin another file; a disk without room for it leaves the old one in use."""
+        """Begin another file; a disk without room for it leaves the old one in use.
+
+        The old one is held, and is closed by who holds it.
+        """
         try:
             os.fsync(self._file)
             following = self._begin_next()
         except OSError as error:
             log.warning("another audit file cannot be begun: %s", error.strerror)
             return
-        os.ftruncate(self._file, os.fstat(self._file).st_size)  # gives back what is reserved
-        os.close(self._file)
+        _give_back(self._file)
         self._file = following
+        self._number += 1
         for old in files_of(self._directory)[: -self._files]:
             old.unlink(missing_ok=True)
             log.info("the oldest audit file was removed", extra={"audit_file": old.name})
 
     def _begin_next(self) -> int:
-        self._number += 1
-        try:
-            following = self._open()
-            if self._reserve(following):
-                return following
-            os.close(following)
-            _path(self._directory, self._number).unlink()
-            raise OSError(errno.ENOSPC, "the disk is full")
-        except OSError:
-            self._number -= 1
-            raise
-
-    def _open(self) -> int:
-        path = _path(self._directory, self._number)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        file = os.open(path, flags, 0o600)
+        """Make the next file, with its room: others go on in it as soon as it has its name."""
+        making = self._directory / MAKING_NAME
+        making.unlink(missing_ok=True)  # of somebody who was killed; the lock is ours
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.open(making, flags, 0o600)
         try:
             give_to_owner(file, self._directory)
-            size = os.fstat(file).st_size
-            if size and os.pread(file, 1, size - 1) != b"\n":  # a loss of power cut it off
-                os.write(file, b"\n")
+            if not self._reserve(file):
+                raise OSError(errno.ENOSPC, "the disk is full")
+            making.rename(_path(self._directory, self._number + 1))
+            sync(self._directory)
+        except OSError:
+            os.close(file)
+            making.unlink(missing_ok=True)
+            raise
+        return file
+
+    def _open_newest(self) -> tuple[int, int]:
+        """The number and the descriptor of the newest file, made where there is none."""
+        while True:
+            known = files_of(self._directory)
+            number = _number(known[-1]) if known else 1
+            flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            with contextlib.suppress(FileNotFoundError):  # it was the oldest, too, meanwhile
+                path = _path(self._directory, number)
+                file = os.open(path, flags if known else flags | os.O_CREAT, 0o600)
+                break
+        try:
+            give_to_owner(file, self._directory)
             sync(self._directory)
         except OSError:
             os.close(file)
             raise
-        return file
+        return number, file
 
     async def write(self, line: Mapping[str, object]) -> None:
         """The same, off the event loop.
@@ -321,7 +387,8 @@ class Trail:
         self._resume()
         with _told(), self._lock:
             if self._file >= 0:
-                _check_in_place(os.fstat(self._file))
+                with self._newest():
+                    pass
 
     def sync(self) -> None:
         """Bring what was written to the disk.
@@ -412,6 +479,12 @@ def reserve(file: int, size: int, more_bytes: int) -> int:
         return errno.ENOSYS
     done = allocate(file, _KEEP_SIZE, ctypes.c_int64(size), ctypes.c_int64(more_bytes))
     return 0 if done == 0 else ctypes.get_errno()
+
+
+def _give_back(file: int) -> None:
+    """Give back the room that is kept for lines in a file which gets none any more; held."""
+    with contextlib.suppress(OSError):  # it does no harm where it stays
+        os.ftruncate(file, os.fstat(file).st_size)
 
 
 def _path(directory: Path, number: int) -> Path:

@@ -17,6 +17,8 @@ from service.errors import AuditError
 Line = dict[str, Any]
 # Longer ones are not ours: assigning a thousand tracklets takes 40 KB.
 GREATEST_LINE_BYTES = 1 << 20
+# What a line has whose act has ended: a request its status, a command its outcome.
+ENDED = frozenset({"status", "outcome"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Sought:
 
     Args:
         label: Of the key, or its id.
+        by: Who acted without a key, or the first word of that: "command", "retention".
         action: What was done.
         identity: On whom, or who was found.
         tracklet: The same of a tracklet.
@@ -33,6 +36,7 @@ class Sought:
     """
 
     label: str | None = None
+    by: str | None = None
     action: str | None = None
     identity: str | None = None
     tracklet: str | None = None
@@ -44,12 +48,18 @@ class Sought:
         at = _time(line)
         return (
             (self.label is None or self.label in (line.get("key"), line.get("key_id")))
+            and (self.by is None or _begins(line, self.by))
             and (self.action is None or self.action == line.get("action"))
             and (self.since is None or at >= self.since)
             and (self.until is None or at <= self.until)
             and _names(line, "identity", self.identity, pseudonyms)
             and _names(line, "tracklet", self.tracklet, pseudonyms)
         )
+
+
+def _begins(line: Line, by: str) -> bool:
+    """Whether somebody without a key acted, and is called so, or so and some words more."""
+    return f"{line.get('by', '')} ".startswith(f"{by} ")
 
 
 def _time(line: Line) -> datetime:
@@ -94,8 +104,8 @@ class Reading:
     def lines(self, sought: Sought, last: int | None = None) -> list[Line]:
         """Lines, oldest first, with names where somebody knows them.
 
-        What was begun and ended is one line. What was begun and not ended has no status: it was
-        cut off, and whether it was done nobody has written.
+        What was begun and ended is one line. What was begun and not ended has neither status nor
+        outcome: it was cut off, or goes on, and whether it was done nobody has written.
 
         Args:
             sought: Which.
@@ -106,7 +116,8 @@ class Reading:
             DamagedGalleryError: The gallery cannot be read, which knows the names.
         """
         matching = (one for one in self._merged() if sought.lets_through(one, self._pseudonyms))
-        found = deque(matching, maxlen=last)
+        # Those that were cut off come out last, whenever that was.
+        found = sorted(deque(matching, maxlen=last), key=_time)
         known = self._known(sought)
         return [_with_names(one, known) for one in found]
 
@@ -114,7 +125,7 @@ class Reading:
         begun: dict[str, Line] = {}
         for line in self._read():
             name = str(line.get("id"))
-            if "id" in line and "status" not in line:
+            if "id" in line and not line.keys() & ENDED:
                 begun[name] = line
                 continue
             begun.pop(name, None)

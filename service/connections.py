@@ -1,30 +1,43 @@
 """The connections of a server: how many there may be, and how long they may be silent."""
 
 import asyncio
+import contextlib
 import enum
 import http
 import logging
 import resource
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import InvalidRequestError, OverloadedError
+from service.errors import InvalidRequestError, OverloadedError, ServiceError
 from service.hanging_up import HANG_UP_STATE, HangUp
+from service.headers import DATA_POLICY, HEADERS
+from service.heads import END, HeadReader, check_framing, origin_form, without_upgrade
 from service.logs import request_id
-from service.metrics import Metrics
+from service.metrics import UNKNOWN, Metrics
 from service.middleware import SPARE_STATE, too_many_connections
 from service.problems import KINDS, Kind, problem
 from service.settings import LimitSettings
 
 log = logging.getLogger(__name__)
+request_log = logging.getLogger("passerby.request")  # one line for each answer
 # Seconds until a request's head has to be complete: from the connection on, or from the first byte
 # after an answer. Until that byte, uvicorn's own 5 s count.
 HEAD_S = 10.0
 HEAD_BYTES = 64 * 1024  # browsers send 2 KiB, proxies allow 8 to 64
+# Bytes of sizes, extensions and line ends that each byte of a body in chunks may come with, beyond
+# as many as a head has: a client that sends single bytes needs five.
+CHUNK_SHARE = 8
+# Empty lines in a body in chunks at which it is looked whether it has ended. A body with more is
+# the last one of its connection, and nobody has to know where it ends.
+LOOKS = 2048
+# Seconds in which one whose request was not read may go on sending, until he sees why.
+LINGER_S = 1.0
 # Connections beyond the bound that are still let in, so that a full service can say that it is
 # well. As many are on their way to a refusal at the same time, or a probe finds no room.
 SPARE = 32
@@ -55,6 +68,7 @@ class Connections:
         limits: ``connections`` at a time; ``upload_s`` for a body that goes on after its answer.
         metrics: Count who was turned away.
         head_s: Seconds until the head of a request has to be complete.
+        head_bytes: Of the head of a request at most.
         spare: Connections beyond the bound.
     """
 
@@ -64,6 +78,7 @@ class Connections:
         metrics: Metrics,
         *,
         head_s: float = HEAD_S,
+        head_bytes: int = HEAD_BYTES,
         spare: int = SPARE,
     ) -> None:
         self._limits = limits
@@ -72,15 +87,16 @@ class Connections:
         self._silent: dict[_BoundedProtocol, float] = {}  # since when, the oldest first
         self._turned_away = 0
         self.head_s = head_s
+        self.head_bytes = head_bytes
 
     @property
     def body_s(self) -> float:
         """Seconds that a client may go on sending a body whose answer it has."""
         return self._limits.upload_s
 
-    def protocol(self, base: type[asyncio.Protocol] = AutoHTTPProtocol) -> type[asyncio.Protocol]:
-        """One of uvicorn's protocols under these bounds."""
-        return type("BoundedProtocol", (_BoundedProtocol, base), {"bounds": self})
+    def protocol(self) -> type[asyncio.Protocol]:
+        """Uvicorn's protocol under these bounds."""
+        return type("BoundedProtocol", (_BoundedProtocol,), {"bounds": self})
 
     def enter(self, protocol: "_BoundedProtocol") -> _Place | None:
         """Take a place, from who has been silent for long where none is free; None for none."""
@@ -106,51 +122,90 @@ class Connections:
         """Give a place back."""
         self._free[place] += 1
 
-    def turn_away(self, transport: asyncio.Transport) -> None:
-        """Answer 429 to a connection without a place, and close it."""
+    def turn_away(
+        self, transport: asyncio.Transport, headers: Iterable[tuple[bytes, bytes]] = ()
+    ) -> None:
+        """Answer 429 to a connection without a place, and close it.
+
+        Args:
+            transport: Of the connection.
+            headers: Of each answer of the server.
+        """
         error = too_many_connections(self._limits.connections)
-        headers = {"Retry-After": str(error.retry_after_s)}
-        transport.write(_raw_problem(KINDS[OverloadedError], str(error), headers))
+        more = {"Retry-After": str(error.retry_after_s)}
+        with _new_id():
+            transport.write(_raw_problem(KINDS[OverloadedError], str(error), headers, more))
         transport.close()
         self._metrics.reject(KINDS[OverloadedError].slug)
         if self._turned_away == 0:
             asyncio.get_running_loop().call_later(TELL_S, self._tell)
         self._turned_away += 1
 
+    def refuse(
+        self,
+        error: ServiceError,
+        client: tuple[str, int] | None,
+        headers: Iterable[tuple[bytes, bytes]],
+    ) -> bytes:
+        """Count and log bytes that are no request.
+
+        Args:
+            error: Why they are not; nothing of them is in it.
+            client: Who sent them.
+            headers: Of each answer of the server.
+
+        Returns:
+            The answer.
+        """
+        kind = KINDS[type(error)]
+        self._metrics.begin_request()
+        self._metrics.end_request(UNKNOWN, kind.status, 0.0)
+        with _new_id():
+            fields = {"route": UNKNOWN, "status": kind.status, "problem": kind.slug}
+            # Whoever takes this port for another kind of service has to be found.
+            address = {"address": client[0]} if client else {}
+            request_log.info("request", extra={**fields, **address, "reason": str(error)})
+            return _raw_problem(kind, str(error), headers)
+
     def _tell(self) -> None:
         log.warning("connections were turned away", extra={"connections": self._turned_away})
         self._turned_away = 0
 
 
-class _BoundedProtocol(asyncio.Protocol):
-    """What uvicorn's protocols lack, to be mixed into one of them: a place, and a clock for heads.
+class _BoundedProtocol(HttpToolsProtocol):
+    """What uvicorn's protocol lacks: a place, a clock for heads, and an answer to broken ones.
 
     Uvicorn closes a connection that says nothing after an answer, but neither one that never said
-    anything nor one whose head never ends.
+    anything nor one whose head never ends. The bytes are cut where heads and bodies end, so that
+    each bound is exact however they came.
     """
 
     bounds: ClassVar[Connections]
-    # Uvicorn's.
-    app_state: dict[str, Any]  # a copy of it becomes the ``state`` of each request's scope
-    cycle: Any  # the last request with a complete head
-    transport: asyncio.Transport
 
     _place: _Place | None = None
     _hang_up: HangUp
     _clock: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None  # while an answer waits for its client
     _last_cycle: Any = None  # as `cycle` was when the last bytes had been read
-    # Bytes since the head at hand began; None outside a head. Only httptools needs to be told: h11
-    # has a bound of its own.
-    _head_bytes: int | None = None
+    _heads: HeadReader
+    _in_head = True  # or before one
+    _left: int | None = 0  # bytes of a body that announced its length; None for one in chunks
+    _tail = b""  # the last bytes of a body in chunks
+    _overhead = 0
+    _looks = 0
+    _is_last = False  # this request
+    _is_deaf = False  # after what cannot be read, nothing can
+    _last_words: ServiceError | None = None  # when what came before has been answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Let a connection in, or turn it away (asyncio)."""
         self._hang_up = HangUp()
+        self._heads = HeadReader(self.bounds.head_bytes)
         self._place = self.bounds.enter(self)
         if self._place is None:
+            self._is_deaf = True
             self.transport = transport
-            self.bounds.turn_away(transport)
+            self.bounds.turn_away(transport, self.server_state.default_headers)
             return
         spare = {SPARE_STATE: True} if self._place is _Place.SPARE else {}
         self.app_state = {**self.app_state, HANG_UP_STATE: self._hang_up, **spare}
@@ -195,12 +250,10 @@ class _BoundedProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, and see whether a head has ended or begun (asyncio)."""
-        if self._head_bytes is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES:
-                self._refuse_head()
-                return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        at = 0
+        while at < len(data) and not self._is_deaf:
+            at = self._read(data, at)
         if self.cycle is not self._last_cycle:
             self._last_cycle = self.cycle
             self.bounds.heard(self)
@@ -211,24 +264,122 @@ class _BoundedProtocol(asyncio.Protocol):
             in_body = self.cycle is not None and self.cycle.more_body
             self._start_clock(self.bounds.body_s if in_body else self.bounds.head_s)
 
-    def on_message_begin(self) -> None:
-        """Begin a head (httptools)."""
-        self._head_bytes = 0
-        super().on_message_begin()  # type: ignore[misc]
+    def _read(self, data: bytes, at: int) -> int:
+        """Have the parser read as far as a head or a body goes; returns where that is."""
+        try:
+            if self._in_head:
+                head, end = self._heads.take(data, at)
+                if head:
+                    self.parser.feed_data(without_upgrade(head))
+                return end
+            end = self._chunks_end(data, at) if self._left is None else at + self._left
+            piece = data[at:end]
+            self.parser.feed_data(piece)
+            if self._left is None and not self._in_head:
+                self._count_chunks(piece)
+            elif not piece:  # cannot be, and must not go on for ever
+                raise InvalidRequestError("expected the end of a body, got more")
+            return end
+        except (ServiceError, HttpParserError, HttpParserUpgrade) as error:
+            self._refuse(_broken(error))
+            return len(data)
+
+    def _chunks_end(self, data: bytes, at: int) -> int:
+        """Where a body in chunks may end at the earliest: as heads do, with an empty line."""
+        if self._is_last:
+            return len(data)
+        start = (self._tail + data[at : at + 3]).find(END)
+        end = at + start + len(END) - len(self._tail)
+        if start < 0:
+            start = data.find(END, at)
+            end = start + len(END)
+        if start < 0:
+            return len(data)
+        self._looks += 1
+        if self._looks > LOOKS:
+            self._is_last = True
+            self.cycle.keep_alive = False
+            return len(data)
+        return end
+
+    def _count_chunks(self, piece: bytes) -> None:
+        """Bound what a body in chunks is wrapped in: sizes, extensions, trailers (RFC 9112, 7.1).
+
+        Raises:
+            InvalidRequestError: It is much more than the body.
+        """
+        self._tail = (self._tail + piece[-3:])[-3:]
+        self._overhead = max(0, self._overhead + len(piece))
+        if self._overhead > self.bounds.head_bytes:
+            raise InvalidRequestError("expected chunks of a body, got little else than their sizes")
 
     def on_headers_complete(self) -> None:
-        """End a head (httptools)."""
-        self._head_bytes = None
-        super().on_headers_complete()  # type: ignore[misc]
+        """End a head, or refuse it (httptools)."""
+        self._left = check_framing(self.parser.get_http_version(), self.headers)
+        if self._is_last:
+            raise InvalidRequestError("expected no request behind one with so many empty lines")
+        self._tail, self._overhead, self._looks = b"", 0, 0
+        self.url = origin_form(self.url)
+        super().on_headers_complete()
+        self._in_head = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, but not one that comes after the body (httptools)."""
+        if self._in_head:  # trailers would add to what was decided by (RFC 9110, section 6.5.1)
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body (httptools)."""
+        if self._left is not None:
+            self._left -= len(body)
+        else:
+            self._overhead -= (1 + CHUNK_SHARE) * len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request (httptools)."""
+        self._in_head = True
+        self._is_deaf = self._is_last
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """End an answer (uvicorn); what could not be read comes after all that could."""
+        was_last = not self.pipeline
+        super().on_response_complete()
+        if was_last and self._last_words is not None:
+            self._say_last(self._last_words)
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
-    def _refuse_head(self) -> None:
-        if self._is_idle():  # else it would come in the middle of another answer
-            detail = f"expected a head of at most {HEAD_BYTES} bytes, got more"
-            self.transport.write(_raw_problem(KINDS[InvalidRequestError], detail))
-        self.transport.close()
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer what is no request, in its turn, as the last thing here."""
+        self._is_deaf = True
+        broken = None if self._in_head else self.cycle  # a request that the app has, or is to get
+        if broken is None:
+            is_next = self._is_idle()
+        elif broken.response_started:
+            self.transport.close()
+            return
+        else:
+            broken.disconnected = True
+            broken.message_event.set()
+            is_next = not (self.pipeline and self.pipeline[0][0] is broken)
+            if not is_next:
+                self.pipeline.popleft()
+        if is_next:
+            self._say_last(error)
+        else:
+            self._last_words = error
+
+    def _say_last(self, error: ServiceError) -> None:
+        if self.transport.is_closing():
+            return
+        answer = self.bounds.refuse(error, self.client, self.server_state.default_headers)
+        self.transport.write(answer)
+        # What still comes is taken, for a while: closed on unread bytes, a client sees no answer.
+        self.transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_S, self.transport.close)
 
     def _start_clock(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -241,21 +392,53 @@ class _BoundedProtocol(asyncio.Protocol):
 
     def _close_if_idle(self) -> None:
         self._clock = None
-        if self._is_idle():  # h11 may have read a waiting head without new bytes
+        if self._is_idle():
             self.transport.close()
 
 
-def _raw_problem(kind: Kind, detail: str, headers: Mapping[str, str] | None = None) -> bytes:
-    """An answer with an id of its own, as bytes, where no request has reached the app."""
-    name = uuid.uuid4().hex
-    token = request_id.set(name)
-    own = {"X-Request-ID": name, "Connection": "close"}
-    answer = problem(kind, detail, headers={**(headers or {}), **own})
-    request_id.reset(token)
+def _broken(error: Exception) -> ServiceError:
+    """What is told of bytes that were not read: whoever refused them knew, or the parser did."""
+    # The parser wraps what is raised in a callback.
+    for one in (error, error.__context__):
+        if isinstance(one, ServiceError):
+            return one
+    by_us = error.__context__ if isinstance(error, HttpParserCallbackError) else None
+    if by_us is not None and not isinstance(by_us, HttpParserError):
+        raise error  # a mistake in a callback
+    return InvalidRequestError("expected a request as RFC 9112 describes it, got a broken one")
+
+
+def _raw_problem(
+    kind: Kind,
+    detail: str,
+    headers: Iterable[tuple[bytes, bytes]],
+    own: Mapping[str, str] | None = None,
+) -> bytes:
+    """An answer as bytes, where no request has reached the app: the last one of a connection.
+
+    Args:
+        kind: Of problem.
+        detail: What was expected and what came.
+        headers: Of each answer of the server.
+        own: Further headers of this one.
+    """
+    secure = {**HEADERS, "Content-Security-Policy": DATA_POLICY}
+    name = str(request_id.get())
+    more = {**(own or {}), **secure, "X-Request-ID": name, "Connection": "close"}
+    answer = problem(kind, detail, headers=more)
     status = f"HTTP/1.1 {kind.status} {http.HTTPStatus(kind.status).phrase}".encode()
-    return b"\r\n".join(
-        [status, *(b": ".join(one) for one in answer.raw_headers), b"", bytes(answer.body)]
-    )
+    lines = (b": ".join(one) for one in (*headers, *answer.raw_headers))
+    return b"\r\n".join([status, *lines, b"", bytes(answer.body)])
+
+
+@contextlib.contextmanager
+def _new_id() -> Iterator[None]:
+    """Give what is no request an id, for its answer and its log line."""
+    token = request_id.set(uuid.uuid4().hex)
+    try:
+        yield
+    finally:
+        request_id.reset(token)
 
 
 def allow_descriptors(connections: int) -> None:

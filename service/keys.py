@@ -114,7 +114,10 @@ def read_keys(directory: Path) -> tuple[Key, ...]:
         return _parse(content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         # What exactly is wrong with it is not repeated: a hash is nothing for a log.
-        message = f"expected keys of version {_VERSION} in {FILE_NAME}, got a damaged file"
+        message = (
+            f"expected keys of version {_VERSION} in {FILE_NAME}, got a damaged file; put a copy "
+            "in its place, or take it away and make new keys"
+        )
         raise KeysError(message) from error
 
 
@@ -280,6 +283,11 @@ def give_to_owner(file: int, directory: Path) -> None:
         os.fchown(file, owner.st_uid, owner.st_gid)
 
 
+def _has_open_key(keys: Sequence[Key]) -> bool:
+    now = datetime.now(UTC)
+    return any(one.state(now) == "open" for one in keys)
+
+
 class _Seen(NamedTuple):
     """By what one version of a file is told from another."""
 
@@ -292,7 +300,8 @@ class KeyRing:
     """The keys of a service: those of its settings, and those of a file that it follows.
 
     Once there is a key, whatever its state, the service is closed to everybody else, and stays so
-    until it is started without any: neither the last revocation nor a lost file opens it.
+    until it is started without any: neither the last revocation nor a lost file opens it. A file
+    that lists none counts as one that did: only a person can have emptied it. The log says so.
 
     Args:
         directory: With the file of keys; None where only settings count.
@@ -330,7 +339,12 @@ class KeyRing:
             if seen != self._seen:
                 self._keys = (*self._given, *read_keys(self._directory))
                 self._seen = seen
-        # A file without a key is no invitation either: nobody but a person can have emptied it.
+                if not _has_open_key(self._keys):
+                    log.warning(
+                        "nobody can use this service: %s has no key that opens; make one with "
+                        "`passerby keys create --role admin --label NAME`",
+                        FILE_NAME,
+                    )
         self._is_closed |= self._seen is not None or len(self._keys) > 0
 
     def find(self, secret: bytes) -> Key | None:

@@ -24,6 +24,9 @@ from service.problems import KINDS, internal_problem, problem
 
 log = logging.getLogger("passerby.request")
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
+# Seconds without a byte of a body after which no more is waited for: whoever sends nothing holds a
+# place among the uploads as long.
+STALL_S = 10.0
 DRAIN_S = 5.0
 # On a spare connection: so few are there that none may wait long for a slow client.
 SPARE_DRAIN_S = 0.5
@@ -179,6 +182,8 @@ class BodyLimitMiddleware:
         await self._app(scope, body.receive, body.send)
         if body.is_late:
             detail = f"expected a body within {self._limit_s:g} s, it took longer"
+            if body.is_stalled:
+                detail = f"expected a body that goes on, got nothing for {STALL_S:g} s"
             await problem(KINDS[DeadlineExceededError], detail)(scope, receive, send)
 
 
@@ -193,6 +198,7 @@ class _BoundedBody:
     """
 
     is_late = False  # and nothing has been answered
+    is_stalled = False  # long before its time was over
 
     def __init__(self, receive: Receive, send: Send, *, limit_bytes: int, limit_s: float) -> None:
         self._receive = receive
@@ -222,13 +228,15 @@ class _BoundedBody:
     async def _receive_in_time(self) -> Message:
         if self._is_whole:  # what comes now is that the client hangs up, at any time
             return await self._receive()
+        now = asyncio.get_running_loop().time()
         if self._end is None:
-            self._end = asyncio.get_running_loop().time() + self._limit_s
+            self._end = now + self._limit_s
         try:
-            async with asyncio.timeout_at(self._end):
+            async with asyncio.timeout_at(min(self._end, now + STALL_S)):
                 return await self._receive()
         except TimeoutError as error:
             self.is_late = not self._is_answered
+            self.is_stalled = now + STALL_S < self._end
             raise HTTPException(504) from error
 
     async def send(self, message: Message) -> None:

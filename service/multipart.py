@@ -140,8 +140,9 @@ class _FormReader:
         # Not by the file name: a client library may leave it out, and what it says is not to be
         # trusted.
         self._is_file = self._name in self._file_fields
-        # So a browser sends a file input that was left blank.
-        self._is_blank = file_name == b""
+        # So a browser sends a file input that was left blank, and the page of documentation without
+        # any name.
+        self._is_blank = not file_name
         if not self._is_file and file_name is not None:
             raise ValidationError(
                 f"expected files in the fields {', '.join(self._file_fields)}, "

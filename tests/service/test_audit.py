@@ -465,7 +465,7 @@ def test_no_room_for_another_file_leaves_the_old_one_in_use(
     def fail() -> int:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(trail, "_open", fail)  # of the next file
+    monkeypatch.setattr(trail, "_begin_next", fail)
     for number in range(1, 20):
         trail.append({"action": "query", "count": number})
     trail.close()
@@ -569,6 +569,21 @@ def test_lines_are_sought_by_key_time_and_person(tmp_path: Path) -> None:
     assert found(since=later) == found(until=earlier) == []
     newest = Reading(tmp_path / DATA).lines(Sought(), last=1)
     assert [one["action"] for one in newest] == ["merge-identity"]
+
+
+def test_the_newest_act_is_the_last_one_whether_it_was_a_request_or_a_command(
+    tmp_path: Path,
+) -> None:
+    trail = Trail(tmp_path / DATA / "audit")
+    trail.append({"id": "1", "action": "snapshot", "by": "command of user 0"})
+    trail.append({"id": "1", "action": "snapshot", "by": "command of user 0", "outcome": "done"})
+    trail.append({"id": "2", "action": "query", "key": "a", "status": 200})
+    trail.close()
+
+    newest = Reading(tmp_path / DATA).lines(Sought(), last=1)
+
+    assert [one["action"] for one in newest] == ["query"]
+    assert [one["outcome"] for one in lines(tmp_path, by="command")] == ["done"]
 
 
 def test_there_is_no_trail_to_read_where_none_was_kept(tmp_path: Path) -> None:

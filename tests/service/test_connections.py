@@ -14,8 +14,6 @@ import pytest
 import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service import connections
@@ -31,7 +29,6 @@ SHORT_S = 0.05
 LONG_S = 600.0
 HEAD = b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n"
 POST = b"POST /query HTTP/1.1\r\nHost: here\r\nContent-Length: 4\r\n\r\n"
-both = pytest.mark.parametrize("base", [HttpToolsProtocol, H11Protocol])
 
 
 class Client:
@@ -135,11 +132,9 @@ def new_metrics() -> Metrics:
 
 
 @asynccontextmanager
-async def listening(
-    app: ASGIApp, under: Connections, base: type[asyncio.Protocol] = HttpToolsProtocol
-) -> AsyncIterator[Server]:
-    """Serve an app in this loop by one of uvicorn's protocols."""
-    config = uvicorn.Config(app, http=under.protocol(base), ws="none", log_config=None)
+async def listening(app: ASGIApp, under: Connections) -> AsyncIterator[Server]:
+    """Serve an app in this loop."""
+    config = uvicorn.Config(app, http=under.protocol(), ws="none", log_config=None)
     config.load()
     state = ServerState()
 
@@ -159,29 +154,24 @@ def run(
     claim: Callable[[Server], Awaitable[None]],
     app: ASGIApp,
     under: Connections,
-    base: type[asyncio.Protocol] = HttpToolsProtocol,
 ) -> None:
     async def serve() -> None:
-        async with listening(app, under, base) as server:
+        async with listening(app, under) as server:
             await claim(server)
 
     asyncio.run(serve())
 
 
-@both
-def test_a_connection_that_says_nothing_is_closed(base: type[asyncio.Protocol]) -> None:
+def test_a_connection_that_says_nothing_is_closed() -> None:
     async def claim(server: Server) -> None:
         client = await server.connect()
 
         assert await client.is_closed()
 
-    run(claim, echo, bounds(head_s=SHORT_S), base)
+    run(claim, echo, bounds(head_s=SHORT_S))
 
 
-@both
-def test_an_app_that_waits_for_something_else_is_cancelled_when_its_client_hangs_up(
-    base: type[asyncio.Protocol],
-) -> None:
+def test_an_app_that_waits_for_something_else_is_cancelled_when_its_client_hangs_up() -> None:
     ended: list[str] = []
 
     async def wait(scope: Scope, receive: Receive, _: Send) -> None:
@@ -205,13 +195,12 @@ def test_an_app_that_waits_for_something_else_is_cancelled_when_its_client_hangs
 
         assert ended == ["begun", "hung up"]
 
-    run(claim, wait, bounds(), base)
+    run(claim, wait, bounds())
 
 
-@both
 @pytest.mark.parametrize("spare", [0, 2])
 def test_thousands_that_ask_for_nothing_keep_nobody_out(
-    base: type[asyncio.Protocol], spare: int, monkeypatch: pytest.MonkeyPatch
+    spare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "SILENT_S", 0.0)
 
@@ -231,12 +220,11 @@ def test_thousands_that_ask_for_nothing_keep_nobody_out(
         assert await silent[0].is_closed()
         assert server.count() <= 3 + spare
 
-    run(claim, echo, bounds(3, spare=spare), base)
+    run(claim, echo, bounds(3, spare=spare))
 
 
-@both
 @pytest.mark.parametrize("earlier", [0, 1], ids=["new", "kept-alive"])
-def test_a_head_that_never_ends_is_closed(base: type[asyncio.Protocol], earlier: int) -> None:
+def test_a_head_that_never_ends_is_closed(earlier: int) -> None:
     """Uvicorn's clock begins anew with each byte."""
 
     async def claim(server: Server) -> None:
@@ -250,11 +238,10 @@ def test_a_head_that_never_ends_is_closed(base: type[asyncio.Protocol], earlier:
         assert await client.is_closed()
         trickling.cancel()
 
-    run(claim, echo, bounds(head_s=SHORT_S), base)
+    run(claim, echo, bounds(head_s=SHORT_S))
 
 
-@both
-def test_a_slow_body_and_a_slow_answer_are_not_silence(base: type[asyncio.Protocol]) -> None:
+def test_a_slow_body_and_a_slow_answer_are_not_silence() -> None:
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_late(message: Message) -> None:
             await asyncio.sleep(2 * SHORT_S)
@@ -271,13 +258,10 @@ def test_a_slow_body_and_a_slow_answer_are_not_silence(base: type[asyncio.Protoc
 
             assert (await client.answer()).endswith(b"\r\n\r\nabcd")
 
-    run(claim, slow, bounds(head_s=SHORT_S, body_s=SHORT_S), base)
+    run(claim, slow, bounds(head_s=SHORT_S, body_s=SHORT_S))
 
 
-@both
-def test_who_still_sends_a_body_after_its_answer_has_the_time_of_a_body(
-    base: type[asyncio.Protocol],
-) -> None:
+def test_who_still_sends_a_body_after_its_answer_has_the_time_of_a_body() -> None:
     async def claim(server: Server) -> None:
         client = await server.connect()
         await client.send(POST)
@@ -288,13 +272,10 @@ def test_who_still_sends_a_body_after_its_answer_has_the_time_of_a_body(
 
         assert (await client.answer()).startswith(b"HTTP/1.1 200 ")
 
-    run(claim, early, bounds(head_s=SHORT_S), base)
+    run(claim, early, bounds(head_s=SHORT_S))
 
 
-@both
-def test_a_body_that_goes_on_for_ever_after_its_answer_is_closed(
-    base: type[asyncio.Protocol],
-) -> None:
+def test_a_body_that_goes_on_for_ever_after_its_answer_is_closed() -> None:
     async def claim(server: Server) -> None:
         client = await server.connect()
         await client.send(POST.replace(b"4", b"400000"))
@@ -304,11 +285,10 @@ def test_a_body_that_goes_on_for_ever_after_its_answer_is_closed(
         assert await client.is_closed()
         trickling.cancel()
 
-    run(claim, early, bounds(body_s=SHORT_S), base)
+    run(claim, early, bounds(body_s=SHORT_S))
 
 
-@both
-def test_who_does_not_read_its_answer_is_cut_off(base: type[asyncio.Protocol]) -> None:
+def test_who_does_not_read_its_answer_is_cut_off() -> None:
     """More than the buffers between them hold would stay in memory for as long as it likes."""
     gone = asyncio.Event()
 
@@ -326,7 +306,7 @@ def test_who_does_not_read_its_answer_is_cut_off(base: type[asyncio.Protocol]) -
             while server.count():
                 await asyncio.sleep(0.01)
 
-    run(claim, much, bounds(body_s=SHORT_S), base)
+    run(claim, much, bounds(body_s=SHORT_S))
 
 
 def test_a_head_that_is_too_long_is_refused() -> None:

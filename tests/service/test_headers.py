@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import httpx
+import httpx2
 import pytest
 from starlette.testclient import TestClient
 
@@ -46,29 +47,78 @@ def test_a_film_strip_is_kept_by_nobody(client: TestClient) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-@pytest.mark.parametrize("path", ["/docs", "/redoc"])
-def test_a_page_of_documentation_works_under_its_policy(client: TestClient, path: str) -> None:
-    """Each script in it is allowed by its digest, each file by its origin; nothing else is."""
+pages = pytest.mark.parametrize("path", ["/docs", "/redoc"])
+
+
+def policy(answer: httpx2.Response) -> dict[str, str]:
+    """Directives of an answer's content security policy."""
+    said: str = answer.headers["content-security-policy"]
+    return {name: more for name, _, more in (part.partition(" ") for part in said.split("; "))}
+
+
+@pages
+def test_a_page_of_documentation_runs_what_is_in_it_and_ours(client: TestClient, path: str) -> None:
     answer = client.get(path)
 
-    policy = dict(
-        part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; ")
-    )
     written = [one for one in re.findall(r"<script>(.*?)</script>", answer.text, re.DOTALL) if one]
-    origins = re.findall(r"<script[^>]* src=\"(https://[^/]+)/", answer.text)
-    assert origins
-    assert set(policy["script-src"].split()) == {
-        *origins,
-        *(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'"
-          for one in written),
-    }  # fmt: skip
-    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    digests = [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in written]
+    said = policy(answer)
+    assert set(said["script-src"].split()) == {"'self'", *(f"'sha256-{one}'" for one in digests)}
+    assert said["default-src"] == said["frame-ancestors"] == said["form-action"] == "'none'"
+
+
+@pages
+def test_a_page_of_documentation_needs_no_other_host(client: TestClient, path: str) -> None:
+    """A network of cameras may have no way to one, and another's script would be let in blindly."""
+    answer = client.get(path)
+
+    loaded = re.findall(r"<(?:script|link|img)[^>]* (?:src|href)=\"([^\"]+)\"", answer.text)
+    assert len(loaded) >= 2
+    for one in loaded:
+        file = client.get(one)
+        assert file.status_code == 200, one
+        assert file.content, one
+    assert "//" not in answer.headers["content-security-policy"]
+    # A comment may name a site; nothing that is loaded does.
+    assert not re.findall(r"(?:src|href|url)\s*[=:]\s*[\"']?(?:https?:)?//", answer.text)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/docs/swagger-ui-bundle.js", "text/javascript"), ("/docs/swagger-ui.css", "text/css"),
+     ("/docs/redoc.standalone.js", "text/javascript"), ("/docs/favicon.png", "image/png")],
+)  # fmt: skip
+def test_a_file_of_a_page_is_what_it_says(client: TestClient, path: str, kind: str) -> None:
+    """By nosniff, a browser runs no script that calls itself something else."""
+    headers = client.get(path).headers
+
+    assert headers["content-type"].partition(";")[0] == kind
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "private, max-age=3600"
+
+
+def test_where_there_are_keys_the_page_asks_for_one_and_lets_one_be_given(start: Start) -> None:
+    """A browser shows its dialog for the page, and sends what it got along for the files."""
+    client = start(api_keys=["k"])
+    browser = {"Accept": "text/html,*/*;q=0.8"}
+
+    asked = client.get("/docs", headers=browser)
+    shown = client.get("/docs", headers=browser, auth=("anybody", "k"))
+    scripts = [client.get("/docs/swagger-ui-bundle.js", auth=auth) for auth in (None, ("any", "k"))]
+    description = client.get("/openapi.json", auth=("any", "k")).json()
+
+    assert asked.headers["www-authenticate"].startswith("Basic ")
+    assert shown.status_code == 200
+    assert [one.status_code for one in scripts] == [401, 200]
+    # What the page's button "Authorize" is made of.
+    schemes = description["components"]["securitySchemes"]
+    assert {one["type"] for one in schemes.values()} == {"http", "apiKey"}
 
 
 def test_a_page_without_scripts_may_run_none() -> None:
-    policy = policy_of("<html><body>hello</body></html>")
+    said = policy_of("<html><body>hello</body></html>")
 
-    assert "script-src 'none'; " in policy
+    assert "script-src 'none'; " in said
 
 
 def test_no_other_page_may_ask_where_no_origin_is_named(client: TestClient) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from service import server
@@ -23,6 +25,7 @@ from service.cli import app, main
 from service.client import ClientError, read_key
 from service.errors import KeysError
 from service.keys import KeyRing, create_key, read_keys, revoke_key
+from service.keys_cli import _print_lines, _sentence
 from service.server import check_exposure, make_first_key
 from service.settings import InvalidSettingsError, Settings
 from tests.service.processes import eventually, serving
@@ -120,6 +123,28 @@ def test_a_label_is_a_word_and_no_key(tmp_path: Path, label: str) -> None:
     assert read_keys(tmp_path) == ()
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("words", [("list",), ("list", "--json"), ("revoke", "gate")])
+def test_a_mistyped_data_directory_is_not_taken_for_one_without_keys(
+    tmp_path: Path, words: Sequence[str], *, is_there: bool
+) -> None:
+    mistyped = tmp_path / "dtaa"
+    if is_there:
+        mistyped.mkdir()
+
+    told = refused(mistyped, "keys", *words)
+
+    assert told == f"passerby: expected the data directory of a service, got none at {mistyped}\n"
+    assert list(tmp_path.rglob("*")) == [mistyped] * is_there
+
+
+def test_a_service_without_keys_has_an_empty_list(tmp_path: Path) -> None:
+    Trail(tmp_path / "audit").close()
+
+    assert run(tmp_path, "keys", "list", "--json").stdout == "[]\n"
+    assert "that is not revoked" in refused(tmp_path, "keys", "revoke", "gate")
+
+
 def test_a_label_has_one_key_that_opens(tmp_path: Path) -> None:
     """The trail says labels; one that is revoked may have a successor."""
     made(tmp_path)
@@ -192,10 +217,45 @@ def test_a_key_that_cannot_be_written_down_is_none(
     assert [key.label for key in read_keys(tmp_path)] == ["a"]
 
 
-def test_an_emptied_file_of_keys_is_no_open_door(tmp_path: Path) -> None:
-    (tmp_path / "keys.json").write_text('{"version": 1, "keys": []}')
+EMPTY = '{"version": 1, "keys": []}'
 
+
+def test_an_emptied_file_of_keys_is_no_open_door(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It makes no first key either: who can empty it must not be handed one. The log says so."""
+    (tmp_path / "keys.json").write_text(EMPTY)
+
+    assert first_keys(Settings(data_dir=tmp_path, first_key=True), capsys) == []
     assert KeyRing(tmp_path).is_closed
+    assert (tmp_path / "keys.json").read_text() == EMPTY
+    assert "`passerby keys create --role admin --label NAME`" in caplog.text
+
+
+def test_a_service_whose_last_key_was_taken_opens_to_the_next_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring = KeyRing(tmp_path)
+    created, _ = create_key(tmp_path, "admin", "first")
+    ring.refresh()
+    revoke_key(tmp_path, created.key_id)
+    ring.refresh()
+    told = caplog.text
+    secret = made(tmp_path, "admin", "desk")
+    ring.refresh()
+
+    assert told.count("nobody can use this service") == 1
+    assert caplog.text == told
+    assert ring.find(secret.encode()) is not None
+
+
+def test_who_has_keys_of_the_settings_is_not_told_that_nobody_can_come_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "keys.json").write_text(EMPTY)
+
+    assert KeyRing(tmp_path, Settings(api_keys=("mine",)).api_keys).is_closed
+    assert caplog.text == ""
 
 
 def test_the_trail_tells_of_keys(tmp_path: Path) -> None:
@@ -205,12 +265,14 @@ def test_the_trail_tells_of_keys(tmp_path: Path) -> None:
     told = Reading(tmp_path).lines(Sought())
 
     by = f"command of user {os.getuid()}"
-    assert [(one["action"], one["by"], one["about"]) for one in told] == [
-        ("create-key", by, "gate"), ("revoke-key", by, "gate")
+    assert [
+        (one["action"], one["by"], one["about"], one["about_role"], one["outcome"]) for one in told
+    ] == [
+        ("create-key", by, "gate", "read", "done"), ("revoke-key", by, "gate", "read", "done")
     ]  # fmt: skip
 
 
-def test_the_audit_command_prints_a_table_and_json(tmp_path: Path) -> None:
+def test_the_audit_command_prints_lines_and_json(tmp_path: Path) -> None:
     trail = Trail(tmp_path / "audit")
     trail.append(
         {"id": "1", "action": "query", "key": "gate", "best_identity": "p1", "status": 200}
@@ -218,12 +280,12 @@ def test_the_audit_command_prints_a_table_and_json(tmp_path: Path) -> None:
     trail.append({"id": "2", "action": "enrol", "key": "desk", "address": "10.0.0.9"})
     trail.close()
 
-    table = run(tmp_path, "audit").stdout
+    shown = run(tmp_path, "audit").stdout
     asked = run(tmp_path, "audit", "--json", "--identity", "p1", "--label", "gate")
     [line] = [json.loads(one) for one in asked.stdout.splitlines()]
 
-    assert "query" in table
-    assert "cut off" in table  # what was begun and has no end
+    assert re.search("gate: query 200; found #[0-9a-f]{8}…\n", shown)
+    assert "desk: enrol cut off; from 10.0.0.9\n" in shown  # what was begun and has no end
     assert (line["best_identity"], line["status"]) == ("p1", 200)
     for option, value in (
         ("--since", "2999-01-01"),
@@ -231,6 +293,47 @@ def test_the_audit_command_prints_a_table_and_json(tmp_path: Path) -> None:
         ("--until", "2020-01-01"),
     ):
         assert run(tmp_path, "audit", "--json", option, value).stdout == ""
+
+
+ACTS: Sequence[dict[str, Any]] = [
+    {"id": "1", "action": "query", "key": "reception-desk-2", "address": "2001:db8::8a2e:370:7334",
+     "best_tracklet": "t1", "best_identity": "p17", "decision": "match", "status": 200},
+    {"id": "2", "action": "assign-tracklets", "key": "desk", "identity": "p4", "status": 200,
+     "tracklets": [f"t{number}" for number in range(30)]},
+    {"action": "erase-expired", "by": "retention", "tracklets": ["t8"], "outcome": "done"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_trail_can_be_read_on_a_terminal_of_any_width(width: int) -> None:
+    """Nothing is cut off, words are whole, and the time stands alone at the left."""
+    acts = [{"time": "2026-11-22T12:00:00.000Z", **act} for act in ACTS]
+    printed = io.StringIO()
+
+    _print_lines(acts, Console(file=printed, width=width, force_terminal=True, color_system=None))
+
+    rows = printed.getvalue().splitlines()
+    words = "".join(row[21:].rstrip() + " " for row in rows).split()
+    assert max(map(len, rows)) <= width
+    assert {row[:21] for row in rows} <= {"2026-11-22 12:00:00  ", " " * 21}
+    assert " ".join(words) == " ".join(map(_sentence, ACTS))
+    assert "reception-desk-2:" in words
+    assert "on p4, t0, t1" in " ".join(words)
+    assert "t8 and 21 more" in " ".join(words)
+
+
+def test_in_a_pipe_an_act_is_a_line_and_a_label_no_picture(tmp_path: Path) -> None:
+    trail = Trail(tmp_path / "audit")
+    for act in [*ACTS, {"action": "query", "key": ":key:", "status": 200}]:
+        trail.append(act)
+    trail.close()
+
+    shown = run(tmp_path, "audit").stdout.splitlines()
+
+    assert len(shown) == 4
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d  \S", line) for line in shown)
+    assert shown[2].split("  ")[1].startswith("(retention): erase-expired done; on #")
+    assert shown[3].endswith("  :key:: query 200")
 
 
 def test_an_odd_time_is_refused(tmp_path: Path) -> None:

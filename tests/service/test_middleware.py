@@ -3,8 +3,11 @@
 import asyncio
 import json
 import logging
+import re
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,7 +42,9 @@ def test_a_hostile_request_id_is_replaced(client: TestClient, hostile: str) -> N
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
 
 
-def run_within(app: ASGIApp, *, sent: list[Message] | None = None) -> list[Message]:
+def run_within(
+    app: ASGIApp, *, sent: list[Message] | None = None, given: bytes = b"mine"
+) -> list[Message]:
     """Run a middleware in this task for a request with the id "mine"; returns what it sent."""
     sent = [] if sent is None else sent
 
@@ -50,7 +55,7 @@ def run_within(app: ASGIApp, *, sent: list[Message] | None = None) -> list[Messa
         sent.append(message)
 
     async def run() -> None:
-        raw = [(b"x-request-id", b"mine")]
+        raw = [(b"x-request-id", given)]
         scope = {"type": "http", "method": "GET", "path": "/here", "headers": raw}
         await app(scope, receive, send)
         logging.getLogger("uvicorn.error").error("ended without completing its answer")
@@ -116,6 +121,36 @@ def test_who_is_cut_off_in_the_middle_of_an_answer_hears_nothing_else() -> None:
         run_within(RequestMiddleware(cancelled_in_mid_answer), sent=sent)
 
     assert [one["type"] for one in sent] == ["http.response.start"]
+
+
+@given(given_id=st.binary(max_size=200) | st.text("aZ0_.:-", min_size=120).map(str.encode))
+@example(given_id=b"a" * 128)
+@example(given_id=b"a" * 129)
+@example(given_id=b"a\n")
+@example(given_id=b'a","status":200')
+@settings(derandomize=True, database=None, deadline=None)
+def test_no_id_of_a_caller_breaks_a_line_or_a_header(given_id: bytes) -> None:
+    """It stands in answers, in the log and in the audit trail as it came, or not at all."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(JsonFormatter().format(record))  # type: ignore[method-assign]
+    request_log = logging.getLogger("passerby.request")
+    before = request_log.level
+    request_log.setLevel(logging.INFO)
+    request_log.addHandler(handler)
+    try:
+        [start, _] = run_within(RequestMiddleware(answer_with_an_id), given=given_id)
+    finally:
+        request_log.removeHandler(handler)
+        request_log.setLevel(before)
+
+    answered = dict(start["headers"])[b"x-request-id"]
+    assert re.fullmatch(rb"[A-Za-z0-9_.:-]{1,128}", answered)
+    [line] = lines
+    assert "\n" not in line
+    assert json.loads(line)["request_id"].encode() == answered
+    if re.fullmatch(rb"[A-Za-z0-9_.:-]{1,128}", given_id):
+        assert answered == given_id
 
 
 KEYS = ("first-key", "second-key")
@@ -236,6 +271,19 @@ def test_a_body_that_does_not_come_in_time_is_refused_whatever_it_calls_itself(
     problem = json.loads(body["body"])
     assert problem["type"] == "/problems/deadline-exceeded"
     assert problem["detail"] == "expected a body within 0.05 s, it took longer"
+
+
+def test_a_body_that_stops_is_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends nothing would hold a place among the uploads for as long as a body may take."""
+    monkeypatch.setattr(middleware, "STALL_S", 0.05)
+    monkeypatch.setattr(middleware, "DRAIN_S", 0.01)
+    piece = {"type": "http.request", "body": b'{"identity": ', "more_body": True}
+
+    [head, body] = send_slowly(start().app, "application/json", piece)
+
+    assert head["status"] == 504
+    detail = json.loads(body["body"])["detail"]
+    assert detail == "expected a body that goes on, got nothing for 0.05 s"
 
 
 def test_a_client_may_wait_for_its_answer_longer_than_its_body_may_take() -> None:

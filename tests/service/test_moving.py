@@ -20,6 +20,7 @@ from service.moving import (
     run_export,
     run_import,
     run_ledger,
+    run_mend,
     run_restore,
     run_snapshot,
 )
@@ -168,7 +169,7 @@ def test_a_damaged_tracklet_is_erased_so_that_the_gallery_starts_again(data_dir:
             (damaged,),
         )
     connection.close()
-    with pytest.raises(DamagedGalleryError, match=f"{damaged}.*erase that tracklet"):
+    with pytest.raises(DamagedGalleryError, match=f"{damaged}.*passerby erase-tracklet"):
         EmbeddedGallery(data_dir)
 
     with pytest.raises(NotFoundError):
@@ -176,6 +177,30 @@ def test_a_damaged_tracklet_is_erased_so_that_the_gallery_starts_again(data_dir:
     assert passerby("erase-tracklet", damaged, "--data-dir", data_dir) == 0
 
     assert ids(data_dir) == others
+
+
+def test_mending_drops_what_can_be_done_without_and_names_the_rest(
+    data_dir: Path, console: Console, said: StringIO
+) -> None:
+    with EmbeddedGallery(data_dir) as gallery:
+        gallery.remove("c")
+    with sqlite3.connect(data_dir / FILE_NAME) as connection:
+        connection.execute("UPDATE erasures SET erased_at = 7")
+        connection.execute("UPDATE tracklets SET camera = 'other' WHERE tracklet_id = 'b'")
+    connection.close()
+    with pytest.raises(DamagedGalleryError, match="passerby mend"):
+        EmbeddedGallery(data_dir)
+
+    run_mend(data_dir, console)
+
+    assert "dropped 1 damaged entries of the ledger of erasures" in said.getvalue()
+    assert "damaged: b\n" in said.getvalue()
+    assert passerby("erase-tracklet", "b", "--data-dir", data_dir) == 0
+    assert ids(data_dir) == ["a"]
+    assert "as it was stored" not in said.getvalue()
+    run_mend(data_dir, console)
+    assert "is as it was stored" in said.getvalue()
+    assert passerby("mend", "--data-dir", data_dir) == 0
 
 
 def test_a_ledger_that_is_none_stops_a_restore_before_it_begins(

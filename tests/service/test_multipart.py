@@ -42,6 +42,19 @@ def test_a_file_is_a_file_without_its_name(client: TestClient) -> None:
     assert answer.status_code == 201
 
 
+@pytest.mark.parametrize("name", ["", None])
+def test_a_file_field_that_was_left_blank_is_not_there(
+    client: TestClient, name: str | None
+) -> None:
+    """A page's form sends it with an empty file name, the page of documentation without any."""
+    body = form([FRAME, ("archive", name, b""), ("video", name, b"")])
+
+    answer = client.post("/gallery", content=body, headers=FORM_TYPE)
+
+    assert answer.status_code == 201
+    assert answer.json()["frames"]["received"] == 1
+
+
 def test_the_content_type_may_be_written_in_capitals(start: Start) -> None:
     """Media types do not distinguish case, and the bound for other bodies is not for uploads."""
     client = start(limits=LimitSettings(metadata_bytes=16))
