@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 INDEX ?= cpu
+# Processes that test; each takes a gigabyte.
+TESTERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready-$(INDEX)
 
@@ -28,7 +30,7 @@ serve: setup ## Run the service on http://127.0.0.1:8000
 	$(BIN)/passerby serve
 
 test: setup ## Run every test that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile
 
 check: setup ## Lint, types and tests: what CI runs
 	$(BIN)/ruff format --check
