@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from index.archive import SnapshotError
@@ -392,7 +393,7 @@ def test_a_refusal_is_one_line(data_dir: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as given:
         words = ["passerby", "snapshot", str(tmp_path / "new"), "--data-dir", str(data_dir)]
         given.setattr("sys.argv", words)
-        given.setattr("service.cli._console.file", printed)
+        given.setattr("service.cli._console", Console(file=printed))
         with pytest.raises(SystemExit) as ended:
             main()
 

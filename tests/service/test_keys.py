@@ -104,7 +104,7 @@ def refused(tmp_path: Path, *arguments: str) -> str:
     with pytest.MonkeyPatch.context() as given:
         given.setattr("sys.argv", ["passerby", *arguments, "--data-dir", str(tmp_path)])
         printed = io.StringIO()
-        given.setattr("service.cli._console.file", printed)
+        given.setattr("service.cli._console", Console(file=printed))
         with pytest.raises(SystemExit) as ended:
             main()
     assert ended.value.code == 1
