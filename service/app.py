@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from index.gallery import Gallery
 from service import problems
@@ -21,6 +20,7 @@ from service.headers import (
     CORS_ANSWER_HEADERS,
     CORS_METHODS,
     CORS_REQUEST_HEADERS,
+    CrossOriginMiddleware,
     HeadersMiddleware,
     policy_of,
 )
@@ -135,7 +135,7 @@ def create_app(
     app.add_middleware(DrainMiddleware, limit_bytes=limits.request_bytes)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            CrossOriginMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=CORS_METHODS,
             allow_headers=CORS_REQUEST_HEADERS,

@@ -40,6 +40,8 @@ SALT_NAME = "salt"
 MAKING_NAME = ".audit-making"
 FILE_PATTERN = re.compile(r"audit-(\d{8})\.jsonl")
 MIB = 1 << 20
+# At most: 40 KB.
+IDS_A_LINE = 1000
 # Seconds that an answer waits for its line. A disk that hangs must not keep it for ever.
 WRITE_S = 10.0
 # What a loss of power may take: the system writes lines to the disk this often.

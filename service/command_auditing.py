@@ -1,6 +1,7 @@
 """What a command tells the audit trail: before it does something, and how that ended."""
 
 import contextlib
+import errno
 import os
 import pwd
 import secrets
@@ -24,6 +25,7 @@ from service.settings import PREFIX, AuditSettings, InvalidSettingsError
 Outcome = Literal["done", "waiting", "refused", "failed"]
 # Says who acted, in a field of its own. No key's label has a space.
 BY_COMMAND = "command of user"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _EXPECTED = (ClientError, GalleryError, InvalidSettingsError, ModelError, ServiceError)
 
 
@@ -106,7 +108,10 @@ class Deed:
         Args:
             error: Whose kind is told. Its words may name somebody.
         """
-        is_refusal = isinstance(error, _EXPECTED) and not isinstance(error, StorageFullError)
+        is_full = isinstance(error, StorageFullError) or (
+            isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+        )
+        is_refusal = isinstance(error, _EXPECTED) and not is_full
         ended = {"outcome": "refused" if is_refusal else "failed", "error": type(error).__name__}
         with contextlib.suppress(AuditError, AuditUnavailableError, StorageFullError):
             self._append(ended)

@@ -10,15 +10,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from index.gallery import GalleryError, StorageFullError
-from service.audit import Trail
+from service.audit import IDS_A_LINE, Trail
 from service.errors import AuditUnavailableError
 from service.parts import Parts
 
 log = logging.getLogger(__name__)
 # Well within the minute to which retention is exact.
 SWEEP_S = 15.0
-# A line of the trail has so many ids at most: 40 KB.
-_IDS_A_LINE = 1000
 
 
 async def sweep(parts: Parts, every_s: float = SWEEP_S, *, trail: Trail | None = None) -> None:
@@ -75,7 +73,7 @@ def _tell(trail: Trail, untold: list[str]) -> None:
         untold: Their ids.
     """
     while untold:
-        some = untold[:_IDS_A_LINE]
+        some = untold[:IDS_A_LINE]
         line = {"action": "erase-expired", "by": "retention", "tracklets": some}
         try:
             trail.append({**line, "count": len(some), "outcome": "done"})

@@ -4,8 +4,15 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
+from http import HTTPStatus
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import InvalidRequestError
+from service.problems import KINDS, problem
 
 # An answer is data: whatever a browser takes it for, nothing in it is to be run, loaded or framed.
 DATA_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -25,6 +32,19 @@ CORS_ANSWER_HEADERS = ("Location", "Retry-After", "X-Request-ID")
 _SCRIPT = re.compile(r"<script([^>]*)>(.*?)</script>", re.DOTALL)
 _FILE = re.compile(r"\bsrc=")
 _NONE = "'none'"
+
+
+class CrossOriginMiddleware(CORSMiddleware):
+    """Starlette's, with a problem for what is refused."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a browser that asks what it may send (Fetch, section 4.8)."""
+        answer = super().preflight_response(request_headers)
+        if answer.status_code == HTTPStatus.OK:
+            return answer
+        allowed = {k: v for k, v in answer.headers.items() if not k.startswith("content-")}
+        detail = "expected an origin, a method and headers that are allowed, got others"
+        return problem(KINDS[InvalidRequestError], detail, headers=allowed)
 
 
 class HeadersMiddleware:

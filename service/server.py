@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -215,8 +216,9 @@ def make_first_key(settings: Settings, keys: KeyRing, trail: Trail | None) -> No
 
     def tell(key: Key) -> None:
         if trail is not None:
-            line = {"action": "create-key", "by": "first start"}
-            trail.append({**line, "about": key.label, "about_id": key.key_id})
+            line = {"id": secrets.token_hex(8), "action": "create-key", "by": "first start"}
+            about = {"about": key.label, "about_id": key.key_id, "about_role": key.role}
+            trail.append({**line, **about, "outcome": "done"})
 
     key, secret = create_key(settings.data_dir, "admin", FIRST_LABEL, tell=tell)
     try:

@@ -222,4 +222,5 @@ def _patch(parts: Parts, tracklet_id: str, patch: PatchBody) -> RecordBody:
 )
 async def delete_tracklet(parts: PartsDep, tracklet_id: TrackletId) -> None:
     """Erase a stored tracklet with its embedding and its strip."""
-    await change(parts, parts.gallery.remove, tracklet_id)
+    erased = await change(parts, parts.gallery.remove, tracklet_id)
+    tell(identity=erased.identity)

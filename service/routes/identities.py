@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
+from service.audit import IDS_A_LINE
 from service.auditing import tell
 from service.errors import ValidationError
 from service.parts import PartsDep, change
@@ -77,5 +78,5 @@ async def delete_identity(
 ) -> ErasedBody:
     """Erase an identity with all its tracklets, their embeddings and strips."""
     erased = await change(parts, parts.gallery.remove_identity, identity)
-    tell(count=len(erased.tracklet_ids))
+    tell(count=len(erased.tracklet_ids), tracklets=list(erased.tracklet_ids[:IDS_A_LINE]))
     return ErasedBody(identity=erased.identity, tracklets=list(erased.tracklet_ids))

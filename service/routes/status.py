@@ -63,12 +63,14 @@ def info(parts: PartsDep) -> InfoBody:
 
 
 @router.get("/livez")
+@router.head("/livez", include_in_schema=False)  # some probes ask so
 async def livez() -> dict[str, str]:
     """Answer as long as the event loop turns."""
     return {"status": "alive"}
 
 
 @router.get("/readyz", responses=problem_responses(503))
+@router.head("/readyz", include_in_schema=False)  # some probes ask so
 async def readyz(request: Request) -> ReadyBody:
     """Ask every part whether it can do its work."""
     readiness: Readiness = request.app.state.readiness

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from index.embedded import EmbeddedGallery
-from index.gallery import StorageFullError
+from index.gallery import StorageFullError, TrackletRecord
 from service import audit as audit_module
 from service.app import create_app
 from service.audit import Pseudonyms, Trail, files_of
@@ -135,9 +135,10 @@ def test_every_act_is_told(audited: TestClient, tmp_path: Path) -> None:
         ["merge-identity", None, p(4), p(3), 200],
         ["embed", None, None, None, 200],
         ["verify", None, None, None, 200],
-        ["erase-tracklet", t(2), None, None, 204],
+        ["erase-tracklet", t(2), p(3), None, 204],
         ["erase-identity", None, p(3), None, 200],
     ]
+    assert lines(tmp_path, action="erase-identity", tracklet="t1")
 
 
 def test_what_says_nothing_of_anybody_is_left_out(audited: TestClient, tmp_path: Path) -> None:
@@ -345,9 +346,10 @@ def test_a_change_that_was_begun_and_could_not_be_told_of_is_said_to_be_uncertai
     enrol(audited, tracklet_id="t1", identity="p17")
     real = gallery.remove
 
-    def remove_and_fill(tracklet_id: str) -> None:
-        real(tracklet_id)
+    def remove_and_fill(tracklet_id: str) -> TrackletRecord:
+        removed = real(tracklet_id)
         disk.error = errno.ENOSPC
+        return removed
 
     monkeypatch.setattr(gallery, "remove", remove_and_fill)
     detail = assert_problem(audited.delete("/gallery/t1"), 507, "storage-full")["detail"]

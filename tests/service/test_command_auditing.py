@@ -199,8 +199,15 @@ def test_a_mistake_of_ours_and_an_interruption_are_told_as_failures(data_dir: Pa
         with pytest.raises(error), telling(data_dir, "snapshot"):
             raise error
 
+    with pytest.raises(KeysError), telling(data_dir, "create-key"):
+        raise KeysError("cannot write keys.json") from OSError(errno.ENOSPC, "no room")
+
     ended = [(one["outcome"], one["error"]) for one in told(data_dir)]
-    assert ended == [("failed", "RuntimeError"), ("failed", "KeyboardInterrupt")]
+    assert ended == [
+        ("failed", "RuntimeError"),
+        ("failed", "KeyboardInterrupt"),
+        ("failed", "KeysError"),
+    ]
 
 
 KILLED = """

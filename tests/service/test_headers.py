@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from service.audit import DIRECTORY
 from service.headers import DATA_POLICY, policy_of
-from tests.service.conftest import Start, enrol
+from tests.service.conftest import Start, assert_problem, enrol
 from tests.service.making import GOOD
 from tests.service.processes import serving
 
@@ -150,7 +150,7 @@ def test_a_named_origin_may_ask_and_no_other(start: Start) -> None:
     assert answer.headers["access-control-allow-origin"] == DESK
     assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
     assert "access-control-allow-credentials" not in answer.headers
-    assert other.status_code == 400
+    assert_problem(other, 400, "invalid-request")
     assert "access-control-allow-origin" not in other.headers
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from service import server
-from service.audit import Trail
+from service.audit import Trail, files_of
 from service.audit_reading import Reading, Sought
 from service.cli import app, main
 from service.client import ClientError, read_key
@@ -381,6 +381,16 @@ def first_keys(settings: Settings, capsys: pytest.CaptureFixture[str]) -> Sequen
     ring = KeyRing(settings.data_dir, settings.api_keys)
     make_first_key(settings, ring, None)
     return [word for word in capsys.readouterr().out.split() if word.startswith("passerby_")]
+
+
+def test_the_trail_says_what_the_first_key_may_do(tmp_path: Path) -> None:
+    trail = Trail(tmp_path / "audit")
+    make_first_key(Settings(data_dir=tmp_path, first_key=True), KeyRing(tmp_path), trail)
+
+    [file] = files_of(tmp_path / "audit")
+    line = json.loads(file.read_text())
+    assert (line["by"], line["about_role"], line["outcome"]) == ("first start", "admin", "done")
+    assert line["id"]
 
 
 def test_the_first_key_is_made_and_printed_once(

@@ -60,6 +60,14 @@ def test_a_ready_service_says_so(client: TestClient) -> None:
     assert answer.json()["checks"] == dict.fromkeys(parts, "ok")
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_a_probe_may_ask_for_the_head_alone(start: Start, path: str) -> None:
+    answer = start().head(path)
+
+    assert answer.status_code == 200
+    assert answer.content == b""
+
+
 def test_a_service_that_warms_up_is_alive_but_not_ready(
     start: Start, embedder: FakeEmbedder
 ) -> None:
