@@ -83,11 +83,15 @@ def read_log(path: Path) -> LogFrames:
     """
     try:
         with path.open("rb") as file:
-            header, frames = b"", _nothing()
-            while (now := os.pread(file.fileno(), HEADER_BYTES, 0)) != header:
-                header = now  # else it was begun anew while it was read
+            header, lost, frames = b"", None, _nothing()
+            # Until it was not begun anew meanwhile, and what looks damaged looks so twice: frames
+            # of a transaction that is under way are written again, and the reader is not alone.
+            while True:
+                now = os.pread(file.fileno(), HEADER_BYTES, 0)
+                if now == header and lost == frames.lost:
+                    return frames
+                header, lost = now, frames.lost
                 frames = _read_log(file, header)
-            return frames
     except FileNotFoundError:
         return _nothing()
 
@@ -149,11 +153,11 @@ def _read_frames(
     file: BinaryIO, page_bytes: int, words: np.dtype[np.uint32], seed: Checksums
 ) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
     """The headers of all frames, and which fit their checksums; ``seed`` is the log header's."""
-    file.seek(HEADER_BYTES)
     heads, fits = [np.empty(0, _FRAME)], [np.zeros(0, bool)]
     size = FRAME_HEADER_BYTES + page_bytes
-    while content := file.read(_FRAMES_AT_ONCE * size):
-        count = len(content) // size
+    at = HEADER_BYTES
+    while count := len(content := os.pread(file.fileno(), _FRAMES_AT_ONCE * size, at)) // size:
+        at += count * size  # of a frame that is being written there may be a part
         rows = np.frombuffer(content, np.uint8, count * size).reshape(count, size)
         some, fit = _read(rows, words, seed)
         seed = np.concatenate([seed, some["checksum"].astype(np.uint32)])[-1:]

@@ -3,7 +3,8 @@
 import errno
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
@@ -72,6 +73,16 @@ class WriteProbe:
                 self._busy_since = None
                 self._failure = failure
                 self._good_until = 0.0 if failure else time.monotonic() + _GOOD_FOR_S
+
+    @contextmanager
+    def told_of_failures(self) -> Iterator[None]:
+        """Ask the disk again at the next check where a write in the block fails."""
+        try:
+            yield
+        except (StorageFullError, GalleryUnavailableError):
+            with self._lock:
+                self._good_until = 0.0
+            raise
 
     def _tell_the_last(self, waited_s: float) -> None:
         if waited_s > _PATIENCE_S:

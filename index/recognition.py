@@ -9,7 +9,7 @@ from urllib.parse import quote
 from index.checksums import register
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
 from index.schema import MIGRATIONS, damage_told, translated, version_of
-from index.soundness import check_everything
+from index.soundness import check_everything, check_keys
 from index.vector_storage import Storage, dimension_of, storage_of
 
 NEWEST = len(MIGRATIONS)
@@ -91,15 +91,20 @@ def content_of(
     tracklets, models, model = connection.execute(
         "SELECT count(*), count(DISTINCT model), min(model) FROM tracklets"
     ).fetchone()
-    vectors, smallest, greatest = connection.execute(
-        "SELECT count(*), min(length(vector)), max(length(vector)) FROM embeddings"
+    joined, smallest, greatest = connection.execute(
+        "SELECT count(*), min(length(vector)), max(length(vector)) "
+        "FROM tracklets JOIN embeddings USING (key) WHERE key > 0"
     ).fetchone()
+    [vectors] = connection.execute("SELECT count(*) FROM embeddings").fetchone()
+    if joined < tracklets:
+        check_keys(connection)
     is_whole = smallest is None or (
         dimension_of(smallest) is not None and storage in {None, storage_of(smallest)}
     )
-    if tracklets != vectors or models > 1 or smallest != greatest or not is_whole:
+    if not tracklets == joined == vectors or models > 1 or smallest != greatest or not is_whole:
         raise DamagedGalleryError(
             f"expected embeddings of one model and size for {tracklets} tracklets, got "
-            f"{vectors} of {models} models and {smallest} to {greatest} bytes"
+            f"{vectors} of {models} models and {smallest} to {greatest} bytes. "
+            "Restore a snapshot, or run `passerby mend`"
         )
     return tracklets, model, smallest

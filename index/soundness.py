@@ -14,6 +14,7 @@ from index.checksums import (
     check_records,
     checksum_of,
     checksum_of_frames,
+    damaged,
 )
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
 from index.properties import NAMES, read_property
@@ -22,6 +23,9 @@ from index.transaction import read_erasures
 
 _log = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 1000
+# Tables with what belongs to a tracklet, by its key.
+OF_TRACKLETS = ("embeddings", "strips", "frames", "succeeding_embeddings")
+_PROPERTIES_SINCE = 2  # version of the file
 _COLUMNS = STORED.split(", ")
 _KEPT = slice(_COLUMNS.index("strip_checksum"), _COLUMNS.index("frames_checksum") + 1)
 # What SQLite says where a table's indexes differ from it, and nothing else is wrong.
@@ -53,14 +57,20 @@ def check_tables(connection: sqlite3.Connection, version: int) -> None:
     Raises:
         DamagedGalleryError: Something is not as it was stored; nothing was changed.
     """
-    verdicts = [text for (text,) in connection.execute("PRAGMA integrity_check(tracklets)")]
-    if verdicts != ["ok"]:
+    verdicts = _verdicts(connection, "tracklets")
+    if version >= _PROPERTIES_SINCE:
+        verdicts += _verdicts(connection, "properties")
+    if verdicts:
         if version < EVERYTHING_SINCE or not all(map(_OF_INDEX.match, verdicts)):
             raise unsound(verdicts[0])
+        check_keys(connection)
         check_all_records(connection)
-        connection.execute("REINDEX tracklets")
+        for table in ("tracklets", "properties"):
+            connection.execute(f"REINDEX {table}")
         _log.warning("an index of the gallery's records was damaged, and is made anew")
-    if version >= EVERYTHING_SINCE:
+    if version < EVERYTHING_SINCE:
+        _check_older(connection, version)
+    else:
         check_sides(connection)
 
 
@@ -81,8 +91,42 @@ def check_everything(connection: sqlite3.Connection, version: int) -> None:
         check_all_vectors(connection)
     if version >= EVERYTHING_SINCE:
         check_sides(connection)
+        check_keys(connection)
+        _check_kept_by_nobody(connection)
         for stored in tracklets_of(connection):
             check_tracklet(stored)
+
+
+def _verdicts(connection: sqlite3.Connection, table: str) -> list[str]:
+    """What SQLite finds wrong with a table and its indexes."""
+    found = connection.execute(f"PRAGMA integrity_check({table})").fetchall()
+    return [text for (text,) in found if text != "ok"]
+
+
+def _check_older(connection: sqlite3.Connection, version: int) -> None:
+    """What is wrong with a file of an older form, before what it holds gets checksums."""
+    quality = "OR (quality NOT NULL AND NOT json_valid(quality))" if version >= _PROPERTIES_SINCE else ""
+    row = connection.execute(
+        f"SELECT tracklet_id FROM tracklets WHERE NOT json_valid(metadata) {quality} LIMIT 1"  # noqa: S608
+    ).fetchone()
+    if row is not None:
+        raise damaged("record", row[0], DamagedGalleryError)
+    if version >= VECTORS_SINCE:
+        check_all_vectors(connection)
+
+
+def check_keys(connection: sqlite3.Connection) -> None:
+    """Return where each tracklet has an embedding.
+
+    Raises:
+        DamagedGalleryError: One has none, perhaps because its key was damaged; it is named.
+    """
+    row = connection.execute(
+        "SELECT tracklet_id FROM tracklets LEFT JOIN embeddings USING (key) "
+        "WHERE embeddings.key IS NULL OR tracklets.key < 1 LIMIT 1"
+    ).fetchone()
+    if row is not None:
+        raise damaged("embedding", row[0], DamagedGalleryError)
 
 
 def check_all_records(connection: sqlite3.Connection) -> None:
@@ -95,6 +139,18 @@ def check_all_records(connection: sqlite3.Connection) -> None:
     rows = connection.execute(query)
     while part := rows.fetchmany(_ROWS_AT_ONCE):
         check_records(part)
+
+
+def _check_kept_by_nobody(connection: sqlite3.Connection) -> None:
+    for table in OF_TRACKLETS:
+        row = connection.execute(
+            f"SELECT key FROM {table} WHERE key NOT IN (SELECT key FROM tracklets) LIMIT 1"  # noqa: S608
+        ).fetchone()
+        if row is not None:
+            raise DamagedGalleryError(
+                f"expected {table} of tracklets, got some that belong to none. "
+                "Restore a snapshot, or run `passerby mend`"
+            )
 
 
 def check_sides(connection: sqlite3.Connection) -> None:

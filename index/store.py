@@ -225,9 +225,10 @@ class Store:
 
         Raises:
             StorageFullError: The disk is full.
-            GalleryUnavailableError: The file cannot be written.
+            GalleryUnavailableError: The file cannot be written, or is not where it was.
         """
-        with translated("write the gallery"):
+        self._check_in_place()
+        with self._probe.told_of_failures(), translated("write the gallery"):
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 transaction = Transaction(self._writer, self.storage)
@@ -535,18 +536,24 @@ class Store:
             StorageFullError: The disk is full.
             GalleryUnavailableError: It cannot; the message says why.
         """
+        self._check_in_place()
+        with self._reading() as connection:
+            connection.execute("SELECT key FROM tracklets LIMIT 1").fetchall()
+        self._check_some()
+        self._probe.check()
+
+    def _check_in_place(self) -> None:
+        """Return where the file is the one that was opened.
+
+        SQLite would go on with a deleted one, and lose everything at the next start.
+        """
         try:
             inode = self._path.stat().st_ino
         except OSError as error:
             message = f"the gallery's file is out of reach: {error.strerror}"
             raise GalleryUnavailableError(message) from error
-        # SQLite would go on with the deleted file, and lose everything at the next start.
         if inode != self._inode:
             raise GalleryUnavailableError("another file has taken the place of the gallery's")
-        with self._reading() as connection:
-            connection.execute("SELECT key FROM tracklets LIMIT 1").fetchall()
-        self._check_some()
-        self._probe.check()
 
     def _check_some(self) -> None:
         """Compare the checksums of the next few; whoever asks often has all of them compared.

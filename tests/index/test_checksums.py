@@ -564,6 +564,84 @@ def test_an_older_gallery_whose_records_differ_from_their_indexes_is_refused_as_
     assert files(full) == before
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "UPDATE embeddings SET vector = zeroblob(length(vector)) WHERE key = 8",
+        "UPDATE tracklets SET metadata = '{' WHERE key = 8",
+        "UPDATE tracklets SET quality = '[' WHERE key = 8",
+    ],
+)
+def test_damage_in_an_older_gallery_is_told_before_it_gets_the_newest_form(
+    full: Path, script: str
+) -> None:
+    back_to_version_4(full)
+    run_sql(full, script)
+    before = files(full)
+
+    with pytest.raises(DamagedGalleryError, match="of the tracklet t7 as it was stored"):
+        EmbeddedGallery(full)
+    assert files(full) == before
+
+    erase_stored(full, "t7")
+    with EmbeddedGallery(full) as gallery:
+        assert gallery.counts().tracklets == ROWS - 1
+
+
+@pytest.mark.parametrize("key", [7000, -8])
+def test_a_record_whose_key_is_another_one_is_told(full: Path, key: int) -> None:
+    """The key is not in the checksum of the record, but leads to its embedding."""
+    run_sql(full, "UPDATE tracklets SET key = ? WHERE key = 8", key)
+    before = files(full)
+
+    with pytest.raises(DamagedGalleryError, match="embedding of the tracklet t7 as it was stored"):
+        EmbeddedGallery(full)
+    assert files(full) == before
+
+
+@pytest.mark.parametrize("key", [-8, -1])
+def test_a_tracklet_with_a_key_that_no_enrolment_gives_is_told(full: Path, key: int) -> None:
+    for table in ("tracklets", "embeddings"):
+        run_sql(full, f"UPDATE {table} SET key = ? WHERE key = 8", key)  # noqa: S608
+
+    with pytest.raises(DamagedGalleryError, match="tracklet t7"):
+        EmbeddedGallery(full)
+
+
+@pytest.mark.parametrize("table", ["strips", "frames", "embeddings"])
+def test_what_belongs_to_no_tracklet_is_told_by_snapshots(pictured: Path, table: str) -> None:
+    run_sql(pictured, "DELETE FROM tracklets WHERE key = 2")  # nobody asks for foreign keys here
+    for other in {"strips", "frames", "embeddings"} - {table}:
+        run_sql(pictured, f"DELETE FROM {other} WHERE key = 2")  # noqa: S608
+
+    with pytest.raises(DamagedGalleryError, match="belong to none|for 2 tracklets, got 3"):
+        snapshot(pictured, pictured.parent / "saved")
+
+
+def test_an_index_on_the_properties_that_is_damaged_hides_none_of_them(directory: Path) -> None:
+    filled(directory, storage="float16")
+    with EmbeddedGallery(directory) as gallery:
+        gallery.set_calibration(replace(CALIBRATION, model="trsa-test"))
+    content = (directory / FILE_NAME).read_bytes()
+    # In the index the name is followed by the row's number alone, in the table by the JSON.
+    places = [
+        at
+        for at in range(len(content))
+        if content.startswith(b"calibration", at) and content[at + 11 : at + 12] != b"{"
+    ]
+    spoilt = 0
+    for place in places:
+        changed = content[:place] + b"b" + content[place + 1 :]
+        (directory / FILE_NAME).write_bytes(changed)
+        try:
+            with EmbeddedGallery(directory) as gallery:
+                assert gallery.calibration() is not None
+            spoilt += 1
+        except DamagedGalleryError:
+            pass
+    assert spoilt
+
+
 def spoil_bytes(directory: Path, old: bytes, new: bytes) -> None:
     """Change what is in the file once."""
     path = directory / FILE_NAME

@@ -23,7 +23,7 @@ from index.derived import Derived
 from index.embedded import EmbeddedGallery
 from index.gallery import GalleryUnavailableError, SearchResult, StorageFullError
 from index.probe import PROBE_NAME, WriteProbe
-from index.store import Transaction
+from index.store import FILE_NAME, Transaction
 from tests.index.conftest import Enrol
 
 ROOT = Path(__file__).parents[2]
@@ -470,6 +470,53 @@ def test_where_files_need_names_a_probe_has_one(
 
     assert names == [tmp_path.name, PROBE_NAME]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "moved"])
+def test_nothing_is_written_to_a_file_that_is_not_where_it_was(
+    directory: Path, enrol: Enrol, how: str
+) -> None:
+    """It would be acknowledged, and gone at the next start."""
+    with EmbeddedGallery(directory) as gallery:
+        gallery.add([enrol("a", [1, 2])])
+        if how == "moved":
+            directory.rename(directory.with_name("elsewhere"))
+        else:
+            (directory / FILE_NAME).unlink()
+            if how == "replaced":
+                (directory / FILE_NAME).write_bytes(b"")
+
+        writes: list[Callable[[], object]] = [
+            lambda: gallery.add([enrol("b", [1, 2])]),
+            lambda: gallery.update("a", {"identity": "p1"}),
+            lambda: gallery.remove("a"),
+        ]
+        for write in writes:
+            with pytest.raises(GalleryUnavailableError, match=r"out of reach|another file"):
+                write()
+        assert gallery.get("a").identity is None
+
+
+def test_a_write_that_fails_has_the_next_check_ask_the_disk_again(
+    gallery: EmbeddedGallery, enrol: Enrol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever hears 507 must not be told in the same second that all is well."""
+    gallery.check()
+
+    def fail(*_: object) -> None:
+        raise StorageFullError("cannot write the gallery: the disk is full")
+
+    def full(_: WriteProbe) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Transaction, "commit", fail)
+    monkeypatch.setattr(WriteProbe, "_write", full)
+    gallery.check()  # it was good a moment ago
+    with pytest.raises(StorageFullError):
+        gallery.add([enrol("a", [1, 2])])
+
+    with pytest.raises(StorageFullError):
+        gallery.check()
 
 
 def test_a_directory_that_is_gone_is_told_without_its_name(tmp_path: Path) -> None:
