@@ -96,24 +96,50 @@ def read_log(path: Path) -> LogFrames:
         return _nothing()
 
 
-def cut(path: Path) -> int:
-    """Cut a log after the last whole transaction that SQLite reads; returns how many bytes went.
+def copied(log: Path, file: Path, frames: LogFrames) -> NDArray[np.bool_]:
+    """Which frames of a log hold what the file holds on their page; a page of zeros is none.
+
+    A frame that was damaged counts, too, where its checksum is that of the page in the file: then
+    it was copied before. Nobody has either of them open.
+
+    Args:
+        log: The log.
+        file: The file that it belongs to.
+        frames: What `read_log` found in it.
+
+    Returns:
+        (N,) one for each frame.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: They cannot be read.
     """
-    frames = read_log(path)
-    length = HEADER_BYTES + frames.committed * (FRAME_HEADER_BYTES + frames.page_bytes)
-    if not path.exists():
-        return 0
-    with path.open("r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not frames.committed:
-            length = 0
-        if length < size:
-            file.truncate(length)
-            os.fsync(file.fileno())
-    return max(size - length, 0)
+    found = np.zeros(len(frames.pages), bool)
+    size = FRAME_HEADER_BYTES + frames.page_bytes
+    with log.open("rb") as framed, file.open("rb") as paged:
+        header = os.pread(framed.fileno(), HEADER_BYTES, 0)
+        for number in range(len(found)):
+            frame = os.pread(framed.fileno(), size, HEADER_BYTES + number * size)
+            place = (int(frames.pages[number]) - 1) * frames.page_bytes
+            if len(frame) < size or not 0 <= place < os.fstat(paged.fileno()).st_size:
+                continue
+            page = os.pread(paged.fileno(), frames.page_bytes, place)
+            if len(page) < frames.page_bytes or not page.strip(b"\0"):
+                continue
+            before = header[-8:]  # a checksum
+            if number:
+                start = HEADER_BYTES + (number - 1) * size
+                before = os.pread(framed.fileno(), FRAME_HEADER_BYTES, start)[-8:]
+            found[number] = page == frame[FRAME_HEADER_BYTES:] or (
+                not frames.good[number] and _would_fit(frame, page, before)
+            )
+    return found
+
+
+def _would_fit(frame: bytes, page: bytes, before: bytes) -> bool:
+    """Whether a frame fits its checksum with another page in it."""
+    rows = np.frombuffer(frame[:FRAME_HEADER_BYTES] + page, np.uint8)[None]
+    seed = np.frombuffer(before, ">u4").astype(np.uint32)[None]
+    return any(bool(_read(rows, words, seed)[1][0]) for words in _WORDS)
 
 
 def _nothing() -> LogFrames:

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from index.files import told
+from index import log_loss
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
 from index.intact import check_intact
 from index.locks import DirectoryLock
-from index.log_frames import cut
 from index.properties import NAMES, Name, read_property, replace_property
 from index.saved import FILE_NAME as INDEX_NAME
 from index.schema import open_writer, readable, translated
-from index.soundness import check_tracklet, tracklets_of
+from index.soundness import OF_TRACKLETS, check_tracklet, tracklets_of
 from index.store import FILE_NAME, LOCK_NAME, Store
 from index.transaction import no_tracklet
 from index.vector_storage import storage_of
@@ -27,6 +26,10 @@ class Mended:
 
     Args:
         log_bytes: How much was cut off the write-ahead log.
+        left: What the gallery goes on with where that is more than nothing: the log up to its
+            damage, or the file alone, which had what followed already.
+        orphans: How many embeddings, strips and frames were dropped that belonged to no tracklet,
+            so that no erasure would have reached them.
         erasures: How many damaged entries of the ledger were dropped.
         properties: Which damaged properties were dropped.
         tracklets: The ids of those of which something is damaged, in the order of enrolment; they
@@ -34,6 +37,8 @@ class Mended:
     """
 
     log_bytes: int
+    left: log_loss.Left | None
+    orphans: int
     erasures: int
     properties: tuple[Name, ...]
     tracklets: tuple[str, ...]
@@ -58,19 +63,20 @@ def mend(data_dir: Path, *, lose_log: bool = False) -> Mended:
     path = _required(data_dir)
     lock = DirectoryLock(data_dir / LOCK_NAME)
     try:
-        with told("cut the gallery's log"):
-            log_bytes = cut(path.with_name(f"{path.name}-wal")) if lose_log else 0
-        check_intact(path, INDEX_NAME)
+        with log_loss.settling(path):
+            loss = log_loss.lose_log(path) if lose_log else log_loss.NO_LOSS
+            check_intact(path, INDEX_NAME)
         with closing(open_writer(path)) as connection, translated("mend the gallery"):
             connection.text_factory = readable
             with _transaction(connection):
-                connection.execute("REINDEX tracklets")
+                connection.execute("REINDEX")
+                orphans = _drop_what_is_nobodys(connection)
                 erasures = _drop_damaged_erasures(connection)
                 properties = _drop_damaged_properties(connection)
             tracklets = tuple(_damaged(connection))
     finally:
         lock.release()
-    return Mended(log_bytes, erasures, properties, tracklets)
+    return Mended(loss.log_bytes, loss.left, orphans, erasures, properties, tracklets)
 
 
 def erase_stored(
@@ -103,12 +109,14 @@ def erase_stored(
     store = Store(data_dir, is_checked=False)
     try:
         with store.transaction() as transaction:
-            transaction.reindex()  # a damaged record may not be found, or be erased, otherwise
+            # A damaged record may not be found, or be erased, otherwise.
+            transaction.connection.execute("REINDEX")
             found = transaction.shown([tracklet_id])
             if not found:
                 raise no_tracklet(tracklet_id)
             key, identity = found[tracklet_id]
             transaction.erase({key: tracklet_id}, at=clock())
+            _drop_what_is_nobodys(transaction.connection)
             transaction.commit()
         store.forget(at_once=True)
     finally:
@@ -132,6 +140,15 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+
+
+def _drop_what_is_nobodys(connection: sqlite3.Connection) -> int:
+    return sum(
+        connection.execute(
+            f"DELETE FROM {table} WHERE key NOT IN (SELECT key FROM tracklets)"  # noqa: S608
+        ).rowcount
+        for table in OF_TRACKLETS
+    )
 
 
 def _drop_damaged_properties(connection: sqlite3.Connection) -> tuple[Name, ...]:

@@ -105,7 +105,9 @@ def _verdicts(connection: sqlite3.Connection, table: str) -> list[str]:
 
 def _check_older(connection: sqlite3.Connection, version: int) -> None:
     """What is wrong with a file of an older form, before what it holds gets checksums."""
-    quality = "OR (quality NOT NULL AND NOT json_valid(quality))" if version >= _PROPERTIES_SINCE else ""
+    quality = (
+        "OR (quality NOT NULL AND NOT json_valid(quality))" if version >= _PROPERTIES_SINCE else ""
+    )
     row = connection.execute(
         f"SELECT tracklet_id FROM tracklets WHERE NOT json_valid(metadata) {quality} LIMIT 1"  # noqa: S608
     ).fetchone()

@@ -24,7 +24,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from index.erasures import SALT_BYTES, Kind, digest
@@ -362,7 +364,8 @@ class Trail:
             StorageFullError: The disk is full.
             AuditUnavailableError: It cannot be written, or not in time; it may be there later.
         """
-        writing = asyncio.get_running_loop().run_in_executor(self._writer, self.append, line)
+        append = partial(copy_context().run, self.append, line)  # its log lines name the request
+        writing = asyncio.get_running_loop().run_in_executor(self._writer, append)
         try:
             async with asyncio.timeout(WRITE_S):
                 await asyncio.shield(writing)
@@ -375,7 +378,7 @@ class Trail:
     def write_later(self, line: Mapping[str, object]) -> None:
         """The same for somebody who cannot wait; where it fails, the log has it."""
         with contextlib.suppress(RuntimeError):  # at the end of the process
-            self._writer.submit(self.append, line)
+            self._writer.submit(copy_context().run, self.append, line)
 
     def check(self) -> None:
         """Return where the trail can be written, and its file is still where it was.

@@ -6,7 +6,6 @@ Python runs one thread at a time, and of decoding small frames that is the large
 
 import asyncio
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
 
+from model.cores import available_cores
 from service.decoder_child import ChildDiedError, DecoderChild, not_running
 from service.decoder_process import pack_hello, pack_request
 from service.errors import UndecodableFrameError, WorkerUnavailableError
@@ -44,7 +44,8 @@ class Decoders:
     Args:
         choice: Which frames are used, and what they become.
         limits: What an upload may hold.
-        processes: How many processes decode; 0 for threads of this one, which start faster.
+        processes: How many processes decode; 0 for threads of this one, which start faster, one for
+            each core that it may use.
         limit_s: Seconds that one upload may take a process.
     """
 
@@ -89,7 +90,7 @@ class Decoders:
             self.close()
             raise
         if not self._children:
-            self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoder")
+            self._threads = ThreadPoolExecutor(available_cores(), thread_name_prefix="decoder")
         self._running = True
 
     def close(self) -> None:

@@ -235,8 +235,12 @@ def run_mend(data_dir: Path, console: Console, *, lose_log: bool = False) -> Men
         GalleryError: It cannot be mended so.
     """
     done = mend(data_dir, lose_log=lose_log)
-    if done.log_bytes:
+    if done.left == "log":
         _say(console, f"cut {decimal(done.log_bytes)} off the log: changes in it are lost")
+    if done.left == "file":
+        _say(console, "removed the log: the gallery's file is newer than what is left of it")
+    if done.orphans:
+        _say(console, f"dropped {done.orphans} embeddings, strips and frames of no tracklet")
     if done.erasures:
         _say(
             console,

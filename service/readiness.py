@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 from index.gallery import GalleryError
 from service.audit import Trail
@@ -86,7 +87,11 @@ def _at_once(check: Callable[[], None]) -> Callable[[], Awaitable[None]]:
 def _in_thread(
     thread: ThreadPoolExecutor, check: Callable[[], None]
 ) -> Callable[[], Awaitable[None]]:
-    return lambda: asyncio.get_running_loop().run_in_executor(thread, check)
+    def asked() -> Awaitable[None]:
+        in_context = copy_context().run  # so that what it logs names the request
+        return asyncio.get_running_loop().run_in_executor(thread, in_context, check)
+
+    return asked
 
 
 def _note_seen(answer: "asyncio.Future[None]") -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -24,6 +25,11 @@ FAILURES_UNTIL_UNREADY = 3
 # the soonest.
 STUCK_TIMES = 20.0
 STUCK_S = 10.0
+# Or after so many seconds, whatever others took, unless somebody wants it later than that: several
+# times what 512 frames, the longest tracklet by default, take two cores.
+STUCK_MOST_S = 120.0
+# So many batches say how long one takes, by their median: a slow one or two change nothing.
+PACE_BATCHES = 5
 # Seconds for what a device does once, before the first batch.
 WARM_UP_S = 300.0
 # Seconds without work after which the worker embeds a grey frame to see whether it still can.
@@ -31,6 +37,7 @@ CANARY_S = 10.0
 CANARY_FAILED_S = 1.0  # likewise, while it cannot
 # Seconds of that, or of a batch that is stuck, after which only another process helps.
 LOST_S = 30.0
+STOPPED = "the embedding worker has stopped"
 
 
 class Embedder(Protocol):
@@ -99,12 +106,37 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True)
+class _Moment:
+    """A time in seconds by two clocks: the system's, and that of `EmbeddingWorker._running_s`."""
+
+    at: float
+    running: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Begun:
     """A batch in the device's hands."""
 
     batch: "list[_Job]"
-    started: float
+    started: _Moment
     pending: Pending
+
+
+class _Pace:
+    """Seconds that one of something takes: the median of the last batches.
+
+    Args:
+        guess: Until they say otherwise.
+    """
+
+    def __init__(self, guess: float) -> None:
+        self._noted = deque([guess], maxlen=PACE_BATCHES)
+        self.seconds = guess
+
+    def note(self, seconds: float) -> None:
+        """Take one batch into account."""
+        self._noted.append(seconds)
+        self.seconds = statistics.median_low(self._noted)
 
 
 @dataclass(slots=True, eq=False)
@@ -156,8 +188,8 @@ class EmbeddingWorker:
         self._away_s = 0.0
         self._held: list[_Job] = []  # by the thread, no longer in the queue
         self._died = False
-        self._seconds_per_tracklet = 1.0
-        self._seconds_per_frame = 1.0
+        self._per_tracklet = _Pace(1.0)
+        self._per_frame = _Pace(1.0)
         self._thread = threading.Thread(target=self._run, name="embedding-worker", daemon=True)
 
     def start(self) -> None:
@@ -177,13 +209,30 @@ class EmbeddingWorker:
             raise WorkerUnavailableError(
                 f"the last {self._failures} tracklets could not be embedded"
             )
+        self._check_working()
+
+    def _check_working(self) -> None:
+        if (reason := self._why_idle()) is not None:
+            raise WorkerUnavailableError(reason)
+
+    def _why_idle(self) -> str | None:
+        """What keeps a worker that runs from embedding; None where nothing does.
+
+        Not that the last tracklets failed: it may be theirs. A grey frame, next, tells.
+        """
         if self._canary_failed_since is not None:
-            raise WorkerUnavailableError("a grey frame could not be embedded; the log says why")
-        if self._is_stuck():
-            raise WorkerUnavailableError("a batch does not end")
+            return "a grey frame could not be embedded; the log says why"
+        return "a batch does not end" if self._is_stuck() else None
 
     def lost(self) -> str | None:
-        """Why this process will embed nothing any more; None while it may."""
+        """Why this process will embed nothing any more; None while it may.
+
+        Whoever watches the process asks again and again. Meanwhile, where the worker gets stuck or
+        fails, what is queued hears so at once: it need not wait for the end.
+        """
+        with self._changed:  # nobody may join the queue between the two
+            if (reason := self._why_idle()) is not None:
+                self._fail_waiting(reason)
         if self._died:
             return "the embedding worker has died"
         if self._is_stuck(LOST_S):
@@ -221,11 +270,12 @@ class EmbeddingWorker:
 
         Raises:
             OverloadedError: The queue is full, or too long for the deadline.
-            WorkerUnavailableError: Nobody works at the queue.
+            WorkerUnavailableError: Nobody works at the queue, or only in vain.
         """
         self._check_running()
+        self._check_working()
         waiting = self.count_waiting()
-        wait_s = waiting * self._seconds_per_tracklet
+        wait_s = waiting * self._per_tracklet.seconds
         if waiting < self._max_tracklets and wait_s <= deadline_s:
             return
         expected = f"expected fewer than {self._max_tracklets} tracklets waiting, got {waiting}"
@@ -260,7 +310,7 @@ class EmbeddingWorker:
         Raises:
             DeadlineExceededError: The deadline has passed already.
             OverloadedError: The queue is full.
-            WorkerUnavailableError: Nobody works at the queue.
+            WorkerUnavailableError: Nobody works at the queue, or only in vain.
         """
         if deadline_s < 0:
             raise DeadlineExceededError(
@@ -292,10 +342,10 @@ class EmbeddingWorker:
         try:
             self._overdue_at = self._running_s() + WARM_UP_S
             self._embedder.warm_up()
-            started = time.monotonic()
+            started = self._running_s()
             self._embedder.warm_up()  # again: what happens only once says nothing of a batch
             self._overdue_at = None
-            self._seconds_per_frame = time.monotonic() - started
+            self._per_frame = _Pace(max(self._running_s() - started, 0.0))
             self._warm = True
             self._work()
         except BaseException:
@@ -334,8 +384,10 @@ class EmbeddingWorker:
         """Say from when on the thread counts as stuck."""
         self._held = held
         frames = sum(len(job.clip) for job in held) or 1
-        limit_s = max(STUCK_S, STUCK_TIMES * frames * self._seconds_per_frame)
-        self._overdue_at = self._running_s() + limit_s
+        limit_s = max(STUCK_S, STUCK_TIMES * frames * self._per_frame.seconds)
+        now = time.monotonic()
+        wanted_s = max((job.deadline - now for job in held), default=0.0)
+        self._overdue_at = self._running_s() + min(limit_s, max(STUCK_MOST_S, wanted_s))
 
     def _send_canary(self) -> None:
         """Embed a grey frame: whoever asks for nothing must still hear that nothing would come.
@@ -379,7 +431,8 @@ class EmbeddingWorker:
                         frames += len(job.clip)
                         full_at = min(full_at, time.monotonic() + self._max_delay_s)
                 wait_s = full_at - time.monotonic()
-                if not wait or (batch and (self._jobs or self._closing or wait_s <= 0)):
+                is_full = bool(self._jobs) or frames >= self._max_frames
+                if not wait or (batch and (is_full or self._closing or wait_s <= 0)):
                     return batch
                 if self._closing:
                     return None
@@ -397,8 +450,11 @@ class EmbeddingWorker:
             return False
         return True
 
+    def _now(self) -> _Moment:
+        return _Moment(time.monotonic(), self._running_s())
+
     def _embed(self, batch: list[_Job]) -> None:
-        started = time.monotonic()
+        started = self._now()
         with on_behalf_of(job.request_id for job in batch):
             try:
                 results = self._embedder.embed(
@@ -412,7 +468,7 @@ class EmbeddingWorker:
 
     def _begin(self, embedder: OverlappingEmbedder, batch: list[_Job]) -> _Begun | None:
         """Launch a batch; None where it failed and everybody has heard."""
-        started = time.monotonic()
+        started = self._now()
         with on_behalf_of(job.request_id for job in batch):
             try:
                 pending = embedder.begin(
@@ -449,24 +505,29 @@ class EmbeddingWorker:
             self._canary_due = time.monotonic() + CANARY_FAILED_S
         _answer(batch[0], failure)
 
-    def _deliver(self, batch: list[_Job], results: list[TrackletEmbedding], started: float) -> None:
+    def _deliver(
+        self, batch: list[_Job], results: list[TrackletEmbedding], started: _Moment
+    ) -> None:
         self._failures, self._canary_failed_since = 0, None
-        seconds = time.monotonic() - started
+        ended = self._now()
+        seconds = ended.at - started.at
         frames = sum(len(job.clip) for job in batch)
-        self._seconds_per_frame += 0.2 * (seconds / frames - self._seconds_per_frame)
-        self._seconds_per_tracklet += 0.2 * (seconds / len(batch) - self._seconds_per_tracklet)
+        # Less than nothing where a pause before the batch was told of within it.
+        if (running_s := ended.running - started.running) > 0:
+            self._per_frame.note(running_s / frames)
+            self._per_tracklet.note(running_s / len(batch))
         if self._metrics:
             self._metrics.observe_batch(frames, seconds)
         for job, result in zip(batch, results, strict=True):
-            queue_s = started - job.submitted
+            queue_s = started.at - job.submitted
             if self._metrics:
                 self._metrics.observe_queue_wait(queue_s)
             _answer(job, Embedded(result, queue_s, seconds))
 
-    def _fail_waiting(self) -> None:
+    def _fail_waiting(self, reason: str = STOPPED) -> None:
         with self._changed:
             jobs, self._jobs = list(self._jobs), deque()
-        _fail(job for job in jobs if job.future.set_running_or_notify_cancel())
+        _fail((job for job in jobs if job.future.set_running_or_notify_cancel()), reason)
 
 
 def _want_attention(batch: list[_Job]) -> bool:
@@ -478,9 +539,9 @@ def _check_count(results: Sequence[TrackletEmbedding], batch: list[_Job]) -> Non
         raise ValueError(f"expected {len(batch)} embeddings, got {len(results)}")
 
 
-def _fail(jobs: Iterable[_Job]) -> None:
+def _fail(jobs: Iterable[_Job], reason: str = STOPPED) -> None:
     for job in jobs:
-        _answer(job, WorkerUnavailableError("the embedding worker has stopped"))
+        _answer(job, WorkerUnavailableError(reason))
 
 
 def _answer(job: _Job, answer: Embedded | Exception) -> None:

@@ -13,7 +13,7 @@ from index import log_frames
 from index.embedded import EmbeddedGallery
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
 from index.intact import check_intact
-from index.log_frames import FRAME_HEADER_BYTES, HEADER_BYTES, LogFrames, cut, read_log
+from index.log_frames import FRAME_HEADER_BYTES, HEADER_BYTES, LogFrames, read_log
 from index.mending import mend
 from index.reading import reading
 from index.saved import FILE_NAME as INDEX_NAME
@@ -172,6 +172,66 @@ def test_a_log_that_is_cut_where_it_is_damaged_gives_what_was_stored_before(
     assert stored(killed.directory) == 6
 
 
+@pytest.mark.parametrize("copied", [3, 7, 12])
+def test_what_a_checkpoint_had_copied_already_is_not_overlaid_with_older_pages(
+    directory: Path, copied: int
+) -> None:
+    """As a kill leaves it between a checkpoint and the next write: what is left once was, or all.
+
+    Args:
+        directory: Of the gallery.
+        copied: After how many of 12 enrolments the log was copied into the file.
+    """
+    copy, ends = directory.with_name("killed"), []
+    with EmbeddedGallery(directory) as gallery:
+        for row in range(12):
+            gallery.add([make_enrolment(f"t{row}", [row] * 600)])
+            ends.append(len(read_log(directory / LOG_NAME).good))
+            if row + 1 == copied:
+                reader = sqlite3.connect(directory / FILE_NAME, isolation_level=None)
+                reader.execute("BEGIN")
+                reader.execute("SELECT count(*) FROM tracklets").fetchone()
+                gallery._store._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        shutil.copytree(directory, copy)
+        reader.close()
+    killed = Killed(copy, ends)
+    sound, file = killed.log.read_bytes(), (copy / FILE_NAME).read_bytes()
+    counts = set()
+    for frame in range(0, ends[-2], 3):
+        killed.log.write_bytes(sound)
+        (copy / FILE_NAME).write_bytes(file)
+        killed.flip(HEADER_BYTES + frame * FRAME_BYTES + 2000)
+
+        mend(copy, lose_log=True)
+
+        before = sum(end <= frame for end in ends)  # the damage
+        with EmbeddedGallery(copy) as gallery:
+            assert gallery.counts().tracklets == max(
+                before, copied if frame < ends[copied - 1] else 0
+            )
+            gallery.check()
+        counts.add(max(before, copied))
+    assert len(counts) > (copied < 12)
+
+
+def test_a_log_of_which_the_file_has_a_part_is_refused_and_left(killed: Killed) -> None:
+    """As a kill in the middle of copying leaves it, with damage before what was copied."""
+    log, path = killed.log.read_bytes(), killed.directory / FILE_NAME
+    frames = read_log(killed.log)
+    last = len(frames.good) - 1
+    start = HEADER_BYTES + last * FRAME_BYTES + FRAME_HEADER_BYTES
+    with path.open("r+b") as file:
+        file.seek((int(frames.pages[last]) - 1) * PAGE_BYTES)
+        file.write(log[start : start + PAGE_BYTES])
+    killed.flip(HEADER_BYTES + killed.ends[2] * FRAME_BYTES + 2000)
+    before = killed.log.read_bytes(), path.read_bytes()
+
+    with pytest.raises(DamagedGalleryError, match="restore a snapshot"):
+        mend(killed.directory, lose_log=True)
+
+    assert (killed.log.read_bytes(), path.read_bytes()) == before
+
+
 def test_a_sound_log_is_not_cut(killed: Killed) -> None:
     assert mend(killed.directory, lose_log=True).log_bytes == 0
     assert stored(killed.directory) == 12
@@ -180,7 +240,6 @@ def test_a_sound_log_is_not_cut(killed: Killed) -> None:
 def test_a_missing_log_is_an_empty_one(tmp_path: Path) -> None:
     assert len(read_log(tmp_path / "none").good) == 0
     assert read_log(tmp_path / "none").lost is None
-    assert cut(tmp_path / "none") == 0
     (tmp_path / "short").write_bytes(b"7")
     assert read_log(tmp_path / "short").sound == 0
 

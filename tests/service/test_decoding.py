@@ -122,6 +122,15 @@ def assert_same(got: Decoded, expected: Decoded) -> None:
     assert got[1:] == expected[1:]
 
 
+def test_there_are_no_more_threads_than_cores_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.decoding.available_cores", lambda: 3)
+
+    with closing(Decoders(CHOICE, LIMITS, processes=0)) as threads:
+        threads.start()
+        assert threads._threads is not None
+        assert threads._threads._max_workers == 3
+
+
 @pytest.mark.parametrize("keep", [Keep.NOTHING, Keep.STRIP, Keep.STRIP | Keep.FRAMES])
 @pytest.mark.parametrize("kind", UPLOADS)
 def test_a_process_answers_what_a_call_would(decoders: Decoders, kind: str, keep: Keep) -> None:

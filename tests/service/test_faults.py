@@ -114,6 +114,8 @@ def test_a_client_that_hangs_up_in_any_stage_leaves_nothing(tmp_path: Path, stag
         with connect(service) as client:
             client.sendall(head(request) + request.read())
             assert eventually(service.entered)
+        if stage in ("decode", "embed"):  # the store finishes what it has begun
+            assert eventually(lambda: in_flight(service) == 1)
         service.let_go()
 
         assert eventually(lambda: in_flight(service) == 1)
@@ -121,6 +123,20 @@ def test_a_client_that_hangs_up_in_any_stage_leaves_nothing(tmp_path: Path, stag
         assert post(service, "/query").status_code == 200
         # A reader of the store, which is kept, may have come.
         assert eventually(lambda: service.count_descriptors() <= before + 2)
+
+
+def test_a_client_that_hangs_up_in_the_queue_leaves_it(tmp_path: Path) -> None:
+    with serving(tmp_path) as service, ThreadPoolExecutor(1) as pool:
+        waiting = hold_one(service, pool, "embed")
+        request = httpx.Request("POST", f"{service.address}/query", files=GOOD)
+        with connect(service) as client:
+            client.sendall(head(request) + request.read())
+            assert eventually(lambda: gauge(service, "queue_tracklets") == 1)
+        left = eventually(lambda: gauge(service, "queue_tracklets") == 0, 5)
+        service.let_go()
+
+        assert left
+        assert waiting.result(WAIT_S).is_success
 
 
 def test_a_store_that_does_not_answer_is_named_and_comes_back(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The embedding worker: batches, bounds, deadlines, failures and the end."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,7 @@ def test_who_would_wait_longer_than_the_deadline_is_refused_at_once(
 ) -> None:
     """Who comes to a queue that is too long should hear it now, and not at the deadline."""
     occupy(worker, embedder)
-    monkeypatch.setattr(worker, "_seconds_per_tracklet", 7.0)
+    monkeypatch.setattr(worker._per_tracklet, "seconds", 7.0)
     worker.submit(clip(), deadline_s=WAIT_S)
     worker.submit(clip(), deadline_s=WAIT_S)
 
@@ -380,8 +381,8 @@ def test_a_worker_that_fails_at_everything_says_so_until_it_succeeds(
         assert says_unready(worker) is expected
 
     embedder.refuse = lambda _: None
+    assert eventually(lambda: not says_unready(worker))
     worker.submit(clip(), deadline_s=WAIT_S).result(WAIT_S)
-    assert not says_unready(worker)
 
 
 def test_a_batch_that_does_not_end_turns_the_probe_red(
@@ -593,7 +594,8 @@ def test_steady_traffic_does_not_hide_a_device_that_fails(
     embedder.refuse = fail
 
     def ask_on() -> bool:
-        assert worker.submit(clip(), deadline_s=WAIT_S).exception(WAIT_S) is not None
+        with contextlib.suppress(WorkerUnavailableError):  # refused, where it is red already
+            assert worker.submit(clip(), deadline_s=WAIT_S).exception(WAIT_S) is not None
         return worker.lost() is not None
 
     end = time.monotonic() + WAIT_S
@@ -617,5 +619,139 @@ def test_the_first_batches_are_not_given_the_time_of_the_warm_up(embedder: FakeE
     worker.start()
     assert eventually(lambda: not says_unready(worker))
 
-    assert worker._seconds_per_frame < 0.1
+    assert worker._per_frame.seconds < 0.1
     worker.close(WAIT_S)
+
+
+def slow(embedder: FakeEmbedder, clock: list[float], seconds: float) -> None:
+    """Have each clip take so long by a clock that the test holds."""
+
+    def take(_: Clip) -> None:
+        clock[0] += seconds
+
+    embedder.refuse = take
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The worker's time, seconds."""
+    held = [1000.0]
+
+    class Time:
+        @staticmethod
+        def monotonic() -> float:
+            return held[0]
+
+    monkeypatch.setattr("service.worker.time", Time)
+    return held
+
+
+def embed_some(worker: EmbeddingWorker, count: int, frames: int = 3) -> None:
+    for _ in range(count):
+        worker.submit(clip(frames), deadline_s=WAIT_S).result(WAIT_S)
+
+
+def limit_s(
+    worker: EmbeddingWorker, embedder: FakeEmbedder, clock: list[float], frames: int
+) -> float:
+    """Seconds after which a batch counts as stuck."""
+    embedder.gate.clear()
+    embedder.entered.clear()
+    future = worker.submit(clip(frames), deadline_s=WAIT_S)
+    assert embedder.entered.wait(WAIT_S)
+    overdue_at = worker._overdue_at
+    embedder.gate.set()
+    future.result(WAIT_S)
+    assert overdue_at is not None
+    return overdue_at - clock[0]
+
+
+def test_a_slow_batch_does_not_hide_one_that_hangs_later(
+    clock: list[float], worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    slow(embedder, clock, 0.03)
+    embed_some(worker, 5)
+    slow(embedder, clock, 9.0)
+    embed_some(worker, 1, frames=1)
+    slow(embedder, clock, 0.0)
+
+    assert limit_s(worker, embedder, clock, 15) == pytest.approx(10)
+
+
+def test_a_pause_in_mid_batch_is_not_taken_for_its_pace(
+    clock: list[float], worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    def pause(_: Clip) -> None:
+        clock[0] += 40.03
+        worker.forgive(40.0)
+
+    embedder.refuse = pause
+    embed_some(worker, 5)
+
+    assert worker._per_tracklet.seconds == pytest.approx(0.03)
+    assert worker._per_frame.seconds == pytest.approx(0.01)
+
+
+def test_a_long_batch_is_given_the_time_of_its_frames_up_to_a_bound(
+    clock: list[float], worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    slow(embedder, clock, 0.3)
+    embed_some(worker, 5)
+    slow(embedder, clock, 0.0)
+
+    assert limit_s(worker, embedder, clock, 50) == pytest.approx(20 * 50 * 0.1)
+    assert limit_s(worker, embedder, clock, 500) == pytest.approx(120)
+
+
+def test_the_wait_is_told_by_what_batches_took(
+    clock: list[float], worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    slow(embedder, clock, 4.0)
+    embed_some(worker, 5)
+    occupy(worker, embedder)
+    for _ in range(3):
+        worker.submit(clip(), deadline_s=WAIT_S)
+
+    with pytest.raises(OverloadedError, match="a wait of less than 10 s, got about 12 s"):
+        worker.submit(clip(), deadline_s=10)
+    embedder.gate.set()
+
+
+def test_a_batch_that_is_full_waits_for_nobody(embedder: FakeEmbedder) -> None:
+    worker = EmbeddingWorker(embedder, max_frames=3, max_delay_s=1000, max_tracklets=4)
+    worker.start()
+
+    worker.submit(clip(3), deadline_s=WAIT_S).result(WAIT_S)
+    worker.close(WAIT_S)
+
+
+def test_a_batch_that_is_not_full_waits_for_company(embedder: FakeEmbedder) -> None:
+    worker = EmbeddingWorker(embedder, max_frames=6, max_delay_s=1000, max_tracklets=4)
+    worker.start()
+
+    waiting = [worker.submit(clip(3), deadline_s=WAIT_S) for _ in range(2)]
+    for one in waiting:
+        one.result(WAIT_S)
+    worker.close(WAIT_S)
+
+    assert embedder.batches == [[3, 3]]
+
+
+def test_who_is_queued_behind_a_batch_that_hangs_hears_so_and_nobody_may_join(
+    clock: list[float], worker: EmbeddingWorker, embedder: FakeEmbedder
+) -> None:
+    held = occupy(worker, embedder)
+    queued = worker.submit(clip(), deadline_s=WAIT_S)
+    clock[0] += 11
+
+    assert worker.lost() is None
+    assert "a batch does not end" in str(queued.exception(0))
+    assert not held.done()
+    for ask in (worker.refuse_when_full, lambda: worker.submit(clip(), deadline_s=WAIT_S)):
+        with pytest.raises(WorkerUnavailableError, match="a batch does not end"):
+            ask()
+
+    embedder.gate.set()
+    held.result(WAIT_S)
+    assert eventually(lambda: not says_unready(worker))
+    worker.submit(clip(), deadline_s=WAIT_S).result(WAIT_S)
