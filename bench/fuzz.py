@@ -28,9 +28,17 @@ from itertools import count
 from pathlib import Path
 
 from bench.fuzz_bodies import Upload, draw_upload
-from bench.overload import Claim
 from bench.sending import Connection
-from bench.serving import FREE, Server, Watcher, describe_machine, print_table, serving
+from bench.serving import (
+    FREE,
+    Claim,
+    Server,
+    Watcher,
+    describe_machine,
+    print_claims,
+    print_table,
+    serving,
+)
 
 # Below 500, of those that the API documents for uploads.
 ALLOWED = frozenset({200, 201, 400, 409, 413, 415, 422})
@@ -286,10 +294,7 @@ def report(outcome: Outcome) -> None:
     print_table(["made of", *map(str, columns)], rows)
     print(f"\n{sum(outcome.statuses.values())} requests in {outcome.seconds:.0f} s\n")
     claims = outcome.claims()
-    print_table(
-        ["claim", "holds", "measured"],
-        [(one.text, "yes" if one.holds else "NO", one.measured) for one in claims],
-    )
+    print_claims(claims)
     for number, status, wrong in outcome.bad[:20]:
         print(f"request {number}: {status}, {wrong}")
     raise SystemExit(not all(one.holds for one in claims))

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from bench.sending import Connection, Requests
 from bench.serving import (
+    Claim,
     Server,
     Uploads,
     Usage,
@@ -38,6 +39,7 @@ from bench.serving import (
     gallery_shape,
     median,
     percentile,
+    print_claims,
     print_table,
     read_settings,
     serving,
@@ -305,8 +307,8 @@ def _hold_apart(
     return held, seen
 
 
-def judge(rounds: Sequence[Round], within_s: float) -> list[tuple[str, bool, str]]:
-    """What must hold, whether it does, and what was measured.
+def judge(rounds: Sequence[Round], within_s: float) -> list[Claim]:
+    """See what must hold.
 
     Args:
         rounds: The first without idle connections.
@@ -322,17 +324,17 @@ def judge(rounds: Sequence[Round], within_s: float) -> list[tuple[str, bool, str
     extra = max(one.after.sockets for one in others) - before.after.sockets
     early, late = others[0].after.rss, others[-1].after.rss
     return [
-        ("/livez hears 200 or 429", probes.keys() <= {200, 429}, _told(probes)),
-        (
+        Claim("/livez hears 200 or 429", probes.keys() <= {200, 429}, _told(probes)),
+        Claim(
             f"/livez is not kept out for {PROBE_OUT_S:g} s",
             probe_s < PROBE_OUT_S,
             f"{probe_s:.1f} s",
         ),
-        ("a query hears 200 or 429", queries.keys() <= {200, 429}, _told(queries)),
-        (f"nobody is kept out for {OUT_S:g} s", out_s < OUT_S, f"{out_s:.1f} s"),
-        (f"all are let go within {within_s:g} s", longest <= within_s, f"{longest:.1f} s"),
-        ("no socket is left over", extra <= 0, f"{extra} more"),
-        (
+        Claim("a query hears 200 or 429", queries.keys() <= {200, 429}, _told(queries)),
+        Claim(f"nobody is kept out for {OUT_S:g} s", out_s < OUT_S, f"{out_s:.1f} s"),
+        Claim(f"all are let go within {within_s:g} s", longest <= within_s, f"{longest:.1f} s"),
+        Claim("no socket is left over", extra <= 0, f"{extra} more"),
+        Claim(
             "memory is let go or used again",
             late <= FLAT * early,
             f"{early >> 20}, {late >> 20} MiB",
@@ -400,11 +402,8 @@ def main() -> None:
     )
     report(rounds)
     claims = judge(rounds, arguments.within)
-    print_table(
-        ("claim", "holds", "measured"),
-        [(text, "yes" if holds else "**no**", measured) for text, holds, measured in claims],
-    )
-    if not all(holds for _, holds, _ in claims):
+    print_claims(claims)
+    if not all(one.holds for one in claims):
         raise SystemExit(1)
 
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from bench.sending import Answer, Connection, Entry, Load, Requests
 from bench.serving import (
+    Claim,
     Loads,
     Server,
     Uploads,
@@ -43,7 +44,7 @@ from bench.serving import (
     measure_capacity,
     median,
     percentile,
-    print_table,
+    print_claims,
     read_settings,
     serving,
 )
@@ -62,15 +63,6 @@ UPLOAD_WAVE, QUEUE_WAVE = 100, 24
 SETTLE_S = 20.0  # for what is left over to go away
 IDLE_S = 15.0  # longer than connections without work are kept
 STORMS = 4  # a pool of threads that fills up stops growing at some time, a leak never does
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What must hold, whether it did, and what was measured."""
-
-    text: str
-    holds: bool
-    measured: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,10 +321,7 @@ def report(found: Overload, claims: Sequence[Claim], arguments: argparse.Namespa
         f"used {found.load.cpu_s:.1f} s of processor time. Then {arguments.storm} clients hung up "
         "in mid-upload and as many in the queue.\n"
     )
-    print_table(
-        ("claim", "holds", "measured"),
-        [(one.text, "yes" if one.holds else "**no**", one.measured) for one in claims],
-    )
+    print_claims(claims)
 
 
 def draw(found: Overload, path: Path) -> None:

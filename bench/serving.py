@@ -490,6 +490,23 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(listed) if listed else float("nan")
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What must hold, whether it did, and what was measured."""
+
+    text: str
+    holds: bool
+    measured: str
+
+
+def print_claims(claims: Iterable[Claim]) -> None:
+    """Print as `print_table` does what must hold."""
+    print_table(
+        ("claim", "holds", "measured"),
+        [(one.text, "yes" if one.holds else "**no**", one.measured) for one in claims],
+    )
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table in Markdown, as docs/performance.md shows them."""
     print("| " + " | ".join(columns) + " |")

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.overload import Claim
 from bench.sending import Entry, Load, Sender
 from bench.serving import (
+    Claim,
     Loads,
     Usage,
     Watcher,
@@ -32,6 +32,7 @@ from bench.serving import (
     measure_capacity,
     median,
     percentile,
+    print_claims,
     print_table,
     read_settings,
     serving,
@@ -241,10 +242,7 @@ def report(
         )
     print_table(("", "statuses", "p50, ms", "p99, ms", "max, ms"), rows)
     print()
-    print_table(
-        ("claim", "holds", "measured"),
-        [(one.text, "yes" if one.holds else "**no**", one.measured) for one in claims],
-    )
+    print_claims(claims)
 
 
 def draw(load: Load, seen: Sequence[tuple[float, Usage]], path: Path) -> None:

@@ -70,7 +70,7 @@ def rounds() -> list[Round]:
 
 
 def failed(seen: list[Round]) -> list[str]:
-    return [claim for claim, holds, _ in judge(seen, within_s=25) if not holds]
+    return [claim.text for claim in judge(seen, within_s=25) if not claim.holds]
 
 
 def test_idle_connections_that_bother_nobody_pass() -> None:
