@@ -9,7 +9,7 @@ import numpy as np
 from index.calibration import Calibration
 from index.checksums import EVERYTHING_SINCE
 from index.gallery import DamagedGalleryError, Embeddings
-from index.properties import read_property
+from index.properties import SINCE_VERSION, read_property
 from index.reading import reading
 from index.recognition import require_newest
 from index.rows import STORED, check_stored
@@ -17,7 +17,6 @@ from index.schema import version_of
 from index.store import to_matrix
 
 _ROWS_AT_ONCE = 1000
-_PROPERTIES_SINCE = 2  # version of a gallery's file
 
 
 class LabelledTracklets(NamedTuple):
@@ -63,7 +62,7 @@ def read_calibration(directory: Path) -> Calibration | None:
     """
     with reading(directory) as connection:
         version, text = version_of(connection), None
-        if version >= _PROPERTIES_SINCE:
+        if version >= SINCE_VERSION:
             is_checked = version >= EVERYTHING_SINCE
             text = read_property(connection, "calibration", checked=is_checked)
         row = connection.execute("SELECT model FROM tracklets LIMIT 1").fetchone()

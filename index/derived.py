@@ -22,10 +22,10 @@ from index.gallery import (
     TrackletRecord,
 )
 from index.ranking import ANY_ERROR, Nearest, Rows, rank
-from index.rows import check_stored, to_microseconds, to_stored
+from index.rows import check_embeddings, to_microseconds, to_stored
 from index.saved import Header, SavedIndexError
 from index.sharing import SharedCalls
-from index.store import Chunk, Store
+from index.store import Chunk, Content, Store
 from index.vectors import Allowed, IndexPlan, VectorIndex
 
 _log = logging.getLogger(__name__)
@@ -94,14 +94,16 @@ class Derived:
         self._per_group = _PerGroup()
 
     @classmethod
-    def load(cls, store: Store, plan: IndexPlan, *, calls: int) -> "Derived | None":
+    def load(
+        cls, store: Store, content: Content, plan: IndexPlan, *, calls: int
+    ) -> "Derived | None":
         """Make it from the store; None if that is empty. Where it takes long, the log says how far.
 
         Raises:
             DamagedGalleryError: What is stored does not fit together.
             InvalidIndexError: FAISS cannot follow the plan with these rows.
         """
-        tracklets, model, dimension = store.content()
+        tracklets, model, dimension = content
         if model is None or dimension is None:
             return None
         derived = cls(model, _built(store, plan, dimension, tracklets), calls=calls)
@@ -115,14 +117,16 @@ class Derived:
         return derived
 
     @classmethod
-    def from_saved(cls, store: Store, plan: IndexPlan, *, calls: int) -> "Derived":
+    def from_saved(
+        cls, store: Store, content: Content, plan: IndexPlan, *, calls: int
+    ) -> "Derived":
         """Make it from the saved index, and from what the store says that is new or gone since.
 
         Raises:
             SavedIndexError: The saved index is none of this store and plan, or damaged.
         """
         with store.saved.reading() as (header, keys, file):
-            _check_header(header, store, plan)
+            _check_header(header, store, content, plan)
             try:
                 vectors = plan.read(header.dimension, header.trained_on, file.read)
             except (RuntimeError, MemoryError, InvalidIndexError) as error:
@@ -371,7 +375,7 @@ class _Searched:
         """What is stored of rows whose ids were asked for."""
         stored = [self._rows[row] for row in rows]
         if not self._derived.vectors.exhaustive:  # they were measured as they are stored
-            check_stored(stored, GalleryUnavailableError)
+            check_embeddings(stored, GalleryUnavailableError)
         records = [to_stored(row).record for row in stored]
         slots = np.array(rows, dtype=np.int64)
         known = ([row[column] for row in stored] for column in (2, 3, 4))  # see `index.rows.STORED`
@@ -392,9 +396,9 @@ def _built(store: Store, plan: IndexPlan, dimension: int, tracklets: int) -> Vec
     return built
 
 
-def _check_header(header: Header, store: Store, plan: IndexPlan) -> None:
-    _, model, dimension = store.content()
-    expected = (store.property("saved-index"), model, dimension, plan.description)
+def _check_header(header: Header, store: Store, content: Content, plan: IndexPlan) -> None:
+    name = store.property("saved-index")
+    expected = (name, content.model, content.dimension, plan.description)
     got = (header.name, header.model, header.dimension, header.plan)
     if got != expected:
         raise SavedIndexError(f"expected one of {expected}, got one of {got}")

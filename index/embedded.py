@@ -45,7 +45,7 @@ from index.locks import ReadWriteLock
 from index.rows import Stored, from_microseconds, to_microseconds
 from index.saved import SavedIndexError
 from index.schema import damage_told
-from index.store import Chunk, Store, Transaction
+from index.store import Chunk, Content, Store, Transaction
 from index.vector_storage import Storage, rounded
 from index.vectors import IndexPlan, processors
 
@@ -127,11 +127,11 @@ class EmbeddedGallery:
         self._saves_from = 0.0
         try:
             with damage_told():
-                dimension = self._store.content().dimension
-                self._plan = IndexPlan(index, dimension, self._store.storage)
-                self._derived = self._load_saved()
+                content = self._store.content()
+                self._plan = IndexPlan(index, content.dimension, self._store.storage)
+                self._derived = self._load_saved(content)
                 if self._derived is None:
-                    self._derived = self._load()
+                    self._derived = self._load(content)
                     self._save()  # it may have taken long: whoever dies now need not wait again
         except BaseException:
             self._store.close(as_it_is=True)
@@ -562,18 +562,18 @@ class EmbeddedGallery:
             with self._memory.writing():
                 self._derived = None
         try:
-            derived = self._load()
+            derived = self._load(self._store.content())
         except DamagedGalleryError as error:  # that is one at opening
             raise GalleryUnavailableError(str(error)) from error
         with self._memory.writing():
             self._derived, self._stale = derived, False
 
-    def _load_saved(self) -> Derived | None:
+    def _load_saved(self, content: Content) -> Derived | None:
         """Memory from the saved index, or None. Where that is of no use, it is removed."""
         if not self._store.saved.exists:
             return None
         try:
-            derived = Derived.from_saved(self._store, self._plan, calls=self._calls)
+            derived = Derived.from_saved(self._store, content, self._plan, calls=self._calls)
         except SavedIndexError as error:
             _log.warning("the index is made anew, the saved one is of no use: %s", error)
             self._store.drop_saved()
@@ -603,9 +603,9 @@ class EmbeddedGallery:
             reason = error.strerror if isinstance(error, OSError) else error  # without a path
             _log.warning("the index could not be saved; the next start makes it anew: %s", reason)
 
-    def _load(self) -> Derived | None:
+    def _load(self, content: Content) -> Derived | None:
         try:
-            return Derived.load(self._store, self._plan, calls=self._calls)
+            return Derived.load(self._store, content, self._plan, calls=self._calls)
         except (RuntimeError, MemoryError) as error:  # FAISS's own
             raise GalleryUnavailableError(f"cannot build the index: {error}") from error
 

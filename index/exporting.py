@@ -42,7 +42,7 @@ from index.leftovers import making
 from index.properties import read_property
 from index.reading import reading
 from index.recognition import NEWEST, Facts, facts_of, require_newest
-from index.rows import STORED, check_stored, to_stored
+from index.rows import STORED, check_embeddings, to_stored
 from index.transaction import read_erasures
 from index.vector_storage import to_matrix
 
@@ -75,11 +75,11 @@ class _Content(NamedTuple):
         )
         done = 0
         while part := rows.fetchmany(_ROWS_AT_ONCE):
-            check_stored(part)
+            check_embeddings(part)
             if self.strips:
                 _check_strips(part)
             yield _Part(
-                [to_stored(row).record for row in part],
+                [to_stored(row, DamagedGalleryError).record for row in part],
                 to_matrix([row[-1] for row in part]),
                 [row[-2] for row in part],
             )

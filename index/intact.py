@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
-from index.log_frames import HEADER_BYTES, LogFrames, read_log
+from index.log_frames import HEADER_BYTES, LogFrames, compare, is_ahead, log_of, read_log
 
 APPLICATION_ID = 0x50415353  # "PASS", in the header of every file of ours
 _HEADER_BYTES = 100
@@ -64,7 +64,7 @@ def check_intact(path: Path, index_name: str) -> None:
             log was damaged where it was already acknowledged.
         GalleryUnavailableError: It cannot be read.
     """
-    log, size = _log_of(path), _size(path)
+    log, size = log_of(path), _size(path)
     if size < _HEADER_BYTES:
         _check_not_lost(path, log, path.with_name(index_name))
     with _told():
@@ -77,6 +77,22 @@ def check_intact(path: Path, index_name: str) -> None:
             f"expected a gallery file of {header.pages} pages of {header.page_bytes} bytes, got "
             f"{size} bytes, a damaged or foreign one: it was cut. Restore a snapshot"
         )
+    _check_not_ahead(path, frames)
+
+
+def _check_not_ahead(path: Path, frames: LogFrames) -> None:
+    # What a kill left half written ends no transaction, and was never copied.
+    if not frames.file_pages[frames.committed : frames.end].any():
+        return
+    with _told():
+        copied = compare(path, frames)
+    if is_ahead(frames, copied):
+        raise DamagedGalleryError(
+            f"expected a whole log beside the gallery's file, got {log_of(path).name}, in which "
+            f"frame {frames.sound + 1} of {frames.end} is damaged, "
+            "while the file has what was in it. "
+            "Restore a snapshot, or run `passerby mend --lose-log` to go on with the file alone"
+        )
 
 
 def check_log(path: Path) -> None:
@@ -88,7 +104,7 @@ def check_log(path: Path) -> None:
         DamagedGalleryError: It was damaged where it was already acknowledged.
         GalleryUnavailableError: It cannot be read.
     """
-    log = _log_of(path)
+    log = log_of(path)
     with _told():
         frames = read_log(log)
     _check_log(log, frames)
@@ -135,7 +151,7 @@ def _read_header(path: Path) -> _Header | None:
     header = _Header(page_bytes, pages if changes == pages_of else 0, version, application)
     is_blank = application == version == 0 and header.pages <= _BLANK_PAGES
     # Without a log SQLite can look, and tell more, without changing anything.
-    if application != APPLICATION_ID and not is_blank and _size(_log_of(path)):
+    if application != APPLICATION_ID and not is_blank and _size(log_of(path)):
         raise _foreign(f"an SQLite file of another application ({application}) beside a log")
     return header
 
@@ -165,10 +181,6 @@ def _lacks_pages(header: _Header, size: int, frames: LogFrames) -> bool:
     logged = set(frames.pages[:count].tolist())
     pages = int(frames.file_pages[count - 1])
     return any(page not in logged for page in range(whole + 1, pages + 1))
-
-
-def _log_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}-wal")
 
 
 def _size(path: Path) -> int:

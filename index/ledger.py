@@ -8,11 +8,11 @@ from index.erasures import Erasures
 from index.files import create, open_regular, sync, told
 from index.gallery import GalleryError
 from index.leftovers import making
+from index.properties import SINCE_VERSION
 from index.reading import reading
 from index.schema import version_of
 from index.store import read_erasures
 
-_FIRST_VERSION_WITH_A_LEDGER = 2
 # About 220 bytes an entry: four million erasures.
 GREATEST_LEDGER_BYTES = 1 << 30
 
@@ -33,7 +33,7 @@ def stored_ledger(directory: Path) -> Erasures:
     """
     with reading(directory) as connection:
         version = version_of(connection)
-        if version < _FIRST_VERSION_WITH_A_LEDGER:
+        if version < SINCE_VERSION:
             return Erasures()
         return read_erasures(connection, checked=version >= EVERYTHING_SINCE)
 

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,30 @@ class LogFrames:
         ends = first + np.flatnonzero((self.follows & (self.file_pages > 0))[first:])
         return first if ends.size and self.good[ends[0] + 1 :].any() else None
 
+    @property
+    def end(self) -> int:
+        """How many are of this log, sound or not; after them there may be those of earlier ones."""
+        ours = np.flatnonzero(self.follows | self.good)
+        return int(ours[-1]) + 1 if ours.size else 0
+
+
+class Copied(NamedTuple):
+    """How a file compares with the N frames of its log.
+
+    Args:
+        held: (N,) whether a frame holds what the file holds on its page. One that was damaged
+            counts, too, where its checksum is that of the page in the file.
+        blank: (N,) whether the file holds zeros there, as on pages of what was erased.
+    """
+
+    held: NDArray[np.bool_]
+    blank: NDArray[np.bool_]
+
+
+def log_of(path: Path) -> Path:
+    """Where the log of a file is."""
+    return path.with_name(f"{path.name}-wal")
+
 
 def read_log(path: Path) -> LogFrames:
     """Read a log, which may be empty or missing; somebody may be writing it.
@@ -96,43 +120,47 @@ def read_log(path: Path) -> LogFrames:
         return _nothing()
 
 
-def copied(log: Path, file: Path, frames: LogFrames) -> NDArray[np.bool_]:
-    """Which frames of a log hold what the file holds on their page; a page of zeros is none.
-
-    A frame that was damaged counts, too, where its checksum is that of the page in the file: then
-    it was copied before. Nobody has either of them open.
+def compare(path: Path, frames: LogFrames) -> Copied:
+    """See which frames of a log were copied into its file; nobody has either of them open.
 
     Args:
-        log: The log.
-        file: The file that it belongs to.
-        frames: What `read_log` found in it.
-
-    Returns:
-        (N,) one for each frame.
+        path: The file.
+        frames: What `read_log` found in its log.
 
     Raises:
         OSError: They cannot be read.
     """
-    found = np.zeros(len(frames.pages), bool)
+    held, blank = np.zeros((2, len(frames.pages)), bool)
     size = FRAME_HEADER_BYTES + frames.page_bytes
-    with log.open("rb") as framed, file.open("rb") as paged:
-        header = os.pread(framed.fileno(), HEADER_BYTES, 0)
-        for number in range(len(found)):
-            frame = os.pread(framed.fileno(), size, HEADER_BYTES + number * size)
-            place = (int(frames.pages[number]) - 1) * frames.page_bytes
-            if len(frame) < size or not 0 <= place < os.fstat(paged.fileno()).st_size:
-                continue
-            page = os.pread(paged.fileno(), frames.page_bytes, place)
-            if len(page) < frames.page_bytes or not page.strip(b"\0"):
-                continue
-            before = header[-8:]  # a checksum
-            if number:
-                start = HEADER_BYTES + (number - 1) * size
-                before = os.pread(framed.fileno(), FRAME_HEADER_BYTES, start)[-8:]
-            found[number] = page == frame[FRAME_HEADER_BYTES:] or (
-                not frames.good[number] and _would_fit(frame, page, before)
-            )
-    return found
+    with log_of(path).open("rb") as log, path.open("rb") as file:
+        before = os.pread(log.fileno(), HEADER_BYTES, 0)[-8:]  # a checksum
+        for number, page_number in enumerate(frames.pages.tolist()):
+            frame = os.pread(log.fileno(), size, HEADER_BYTES + number * size)
+            place = (page_number - 1) * frames.page_bytes
+            page = os.pread(file.fileno(), frames.page_bytes, place) if place >= 0 else b""
+            if len(page) == frames.page_bytes:
+                blank[number] = not page.strip(b"\0")
+                held[number] = page == frame[FRAME_HEADER_BYTES:] or (
+                    not frames.good[number] and _would_fit(frame, page, before)
+                )
+            before = frame[FRAME_HEADER_BYTES - 8 : FRAME_HEADER_BYTES]
+    return Copied(held, blank)
+
+
+def is_ahead(frames: LogFrames, copied: Copied) -> bool:
+    """Whether a file has a newer page than the whole transactions before a log's damage.
+
+    So it is after a checkpoint, until the log is begun anew. SQLite would lay what is before the
+    damage over newer pages, and say nothing. A page of zeros shows nothing.
+    """
+    whole = frames.committed
+    newest = {page: number for number, page in enumerate(frames.pages[:whole].tolist())}
+    for number in range(whole, frames.end):
+        before = newest.get(int(frames.pages[number]))
+        is_new = before is None or not copied.held[before]
+        if copied.held[number] and is_new and not copied.blank[number]:
+            return True
+    return False
 
 
 def _would_fit(frame: bytes, page: bytes, before: bytes) -> bool:

@@ -7,22 +7,26 @@ is the gallery, if it is one.
 
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
-from numpy.typing import NDArray
 
-from index.checksums import register
 from index.files import create, sync, told
 from index.gallery import DamagedGalleryError
-from index.log_frames import FRAME_HEADER_BYTES, HEADER_BYTES, LogFrames, copied, read_log
-from index.schema import damage_told, translated, version_of
-from index.soundness import check_everything
+from index.log_frames import (
+    FRAME_HEADER_BYTES,
+    HEADER_BYTES,
+    Copied,
+    LogFrames,
+    compare,
+    is_ahead,
+    log_of,
+    read_log,
+)
+from index.recognition import check_file
 
 Left = Literal["log", "file"]
 """What the gallery is made of: the log up to its damage, or the file alone."""
@@ -70,36 +74,9 @@ def settling(path: Path) -> Iterator[None]:
 
 
 def forget_copy(path: Path) -> None:
-    """Remove what a killed mend kept of a log; the gallery has gone on since.
-
-    Raises:
-        StorageFullError: The disk is full.
-        GalleryUnavailableError: It cannot be done.
-    """
-    with told("remove the copy of a damaged log"):
+    """Remove what a killed mend kept of a log: the gallery is sound without. Never fails."""
+    with suppress(OSError):
         _remove(_copy_of(path))
-
-
-def log_of(path: Path) -> Path:
-    """Where the log of a gallery's file is."""
-    return path.with_name(f"{path.name}-wal")
-
-
-def is_ahead(path: Path) -> bool:
-    """Whether frames that SQLite would not read any more were copied into a file already.
-
-    So it is after a checkpoint, until the next change, if the log is damaged then. SQLite would lay
-    what is before the damage over newer pages, and say nothing.
-
-    Raises:
-        StorageFullError, GalleryUnavailableError: It cannot be read.
-    """
-    log = log_of(path)
-    with told("read the gallery's log"):
-        frames = read_log(log)
-        if _end(frames) <= frames.committed:
-            return False
-        return _is_copied_past(frames, copied(log, path, frames))
 
 
 def lose_log(path: Path) -> Loss:
@@ -118,48 +95,31 @@ def lose_log(path: Path) -> Loss:
     log = log_of(path)
     with told("read the gallery's log"):
         frames = read_log(log)
-        end, whole = _end(frames), frames.committed
-        if end <= whole:
-            return Loss(0, None)
+        whole = frames.committed
+        if frames.end <= whole:
+            return NO_LOSS
         size = log.stat().st_size
-        held = copied(log, path, frames)
-    is_alone = not whole or _is_copied_past(frames, held)
+        copied = compare(path, frames)
+    is_alone = not whole or is_ahead(frames, copied)
     length = 0
     if is_alone:
-        if not _is_at_one_moment(frames, held, path.stat().st_size):
+        if not _is_at_one_moment(frames, copied, path.stat().st_size):
             raise _beyond_mending("the file holds a part of what followed")
         with _refused():
-            _check(path, "immutable=1")
+            check_file(path)
     else:
         length = HEADER_BYTES + whole * (FRAME_HEADER_BYTES + frames.page_bytes)
-    _shorten(log, _copy_of(path), length, lambda: _check(path, "mode=ro"))
+    _shorten(log, _copy_of(path), length, lambda: check_file(path, how="mode=ro"))
     return Loss(size - length, "file" if is_alone else "log")
 
 
-def _end(frames: LogFrames) -> int:
-    """How many frames are of this log, sound or not."""
-    ours = np.flatnonzero(frames.follows | frames.good)
-    return int(ours[-1]) + 1 if ours.size else 0
-
-
-def _is_copied_past(frames: LogFrames, held: NDArray[np.bool_]) -> bool:
-    """Whether the file has a newer page than the whole transactions before the damage."""
-    whole = frames.committed
-    newest = {int(page): number for number, page in enumerate(frames.pages[:whole])}
-    for number in range(whole, _end(frames)):
-        before = newest.get(int(frames.pages[number]))
-        if held[number] and (before is None or not held[before]):
-            return True
-    return False
-
-
-def _is_at_one_moment(frames: LogFrames, held: NDArray[np.bool_], size: int) -> bool:
+def _is_at_one_moment(frames: LogFrames, copied: Copied, size: int) -> bool:
     """Whether the file alone is what it was at an end of a transaction, after the damage or at it.
 
     It is not where somebody was killed who was copying pages from the log into the file. Then pages
     of several moments may fit together as far as anybody can tell from their checksums.
     """
-    end = _end(frames)
+    held, end = copied.held, frames.end
     ends = [0, *(np.flatnonzero(frames.file_pages[:end] > 0) + 1).tolist()]
     for moment in reversed([one for one in ends if one >= frames.committed]):
         pages = int(frames.file_pages[moment - 1]) if moment else 0
@@ -169,21 +129,11 @@ def _is_at_one_moment(frames: LogFrames, held: NDArray[np.bool_], size: int) -> 
             continue
         if all(held[number] for page, number in newest.items() if page <= pages):
             later = range(moment, end)
-            return not any(held[one] and int(frames.pages[one]) not in newest for one in later)
+            return not any(
+                held[one] and not copied.blank[one] and int(frames.pages[one]) not in newest
+                for one in later
+            )
     return False
-
-
-def _check(path: Path, how: str) -> None:
-    """Read all of a file with its log, and compare it with its checksums; nothing is changed."""
-    address = f"file:{quote(str(path.absolute()))}?{how}"
-    with (
-        damage_told(),
-        translated("read the gallery"),
-        closing(sqlite3.connect(address, uri=True)) as connection,
-    ):
-        version = version_of(connection)
-        register(connection)
-        check_everything(connection, version)
 
 
 @contextmanager

@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from index import log_loss
+from index.files import told
 from index.gallery import DamagedGalleryError, GalleryUnavailableError
 from index.intact import check_intact
 from index.locks import DirectoryLock
 from index.properties import NAMES, Name, read_property, replace_property
 from index.saved import FILE_NAME as INDEX_NAME
+from index.saved import SavedIndex
 from index.schema import open_writer, readable, translated
 from index.soundness import OF_TRACKLETS, check_tracklet, tracklets_of
 from index.store import FILE_NAME, LOCK_NAME, Store
@@ -66,14 +68,17 @@ def mend(data_dir: Path, *, lose_log: bool = False) -> Mended:
         with log_loss.settling(path):
             loss = log_loss.lose_log(path) if lose_log else log_loss.NO_LOSS
             check_intact(path, INDEX_NAME)
-        with closing(open_writer(path)) as connection, translated("mend the gallery"):
-            connection.text_factory = readable
-            with _transaction(connection):
-                connection.execute("REINDEX")
-                orphans = _drop_what_is_nobodys(connection)
-                erasures = _drop_damaged_erasures(connection)
-                properties = _drop_damaged_properties(connection)
-            tracklets = tuple(_damaged(connection))
+            with closing(open_writer(path)) as connection, translated("mend the gallery"):
+                connection.text_factory = readable
+                with _transaction(connection):
+                    connection.execute("REINDEX")
+                    orphans = _drop_what_is_nobodys(connection)
+                    erasures = _drop_damaged_erasures(connection)
+                    properties = _drop_damaged_properties(connection)
+                    if orphans:
+                        with told("remove the saved index"):  # their vectors may be in it, too
+                            SavedIndex(data_dir).destroy()
+                tracklets = tuple(_damaged(connection))
     finally:
         lock.release()
     return Mended(loss.log_bytes, loss.left, orphans, erasures, properties, tracklets)

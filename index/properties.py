@@ -11,6 +11,7 @@ from index.gallery import GalleryUnavailableError, ModelMismatchError
 from index.vector_storage import Storage
 
 Name = Literal["calibration", "erasure-salt", "storage", "saved-index"]
+SINCE_VERSION = 2  # of the file, see `index.schema.MIGRATIONS`; so has the ledger
 NAMES: tuple[Name, ...] = get_args(Name)
 
 

@@ -1,9 +1,10 @@
 """A gallery's file seen from outside: whether it is one, sound, and what is in it."""
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import quote
 
 from index.checksums import register
@@ -46,13 +47,35 @@ def require_newest(connection: sqlite3.Connection) -> None:
 
 
 def inspect(path: Path) -> Facts:
-    """Read a file that nobody has open, all of it; it is not changed.
+    """Read a file that nobody has open, all of it; it is not changed, and its log not looked at.
 
     Raises:
         DamagedGalleryError: It is not a sound gallery that this version can read.
         GalleryUnavailableError: It cannot be read.
     """
-    address = f"file:{quote(str(path.absolute()))}?immutable=1"
+    with _checked(path, "immutable=1") as (connection, version):
+        return facts_of(connection, version)
+
+
+def check_file(path: Path, *, how: Literal["immutable=1", "mode=ro"] = "immutable=1") -> None:
+    """Return where all of a file is sound; it is not changed.
+
+    Args:
+        path: The file; nobody has it open.
+        how: Whether to look at the file alone, or with its log.
+
+    Raises:
+        DamagedGalleryError: It is not a sound gallery that this version can read.
+        GalleryUnavailableError: It cannot be read.
+    """
+    with _checked(path, how):
+        pass
+
+
+@contextmanager
+def _checked(path: Path, how: str) -> Iterator[tuple[sqlite3.Connection, int]]:
+    """Open a file, and read and check all of it; also gives its version."""
+    address = f"file:{quote(str(path.absolute()))}?{how}"
     with (
         damage_told(),
         translated("read the gallery"),
@@ -61,7 +84,7 @@ def inspect(path: Path) -> Facts:
         version = version_of(connection)
         register(connection)
         check_everything(connection, version)
-        return facts_of(connection, version)
+        yield connection, version
 
 
 def facts_of(connection: sqlite3.Connection, version: int) -> Facts:

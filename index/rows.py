@@ -79,6 +79,21 @@ def to_row(record: TrackletRecord) -> tuple[Any, ...]:
     )
 
 
+def check_embeddings(
+    rows: Iterable[tuple[Any, ...]], error: type[GalleryError] = DamagedGalleryError
+) -> None:
+    """Return where embeddings are as they were stored; `to_stored` looks at the records.
+
+    Args:
+        rows: Each begins with the values of `STORED` and ends with the bytes of the embedding.
+        error: What to raise.
+
+    Raises:
+        GalleryError: One is not; the message names its tracklet.
+    """
+    check_vectors(((row[1], row[_VECTOR_CHECKSUM], row[-1]) for row in rows), error)
+
+
 def check_stored(
     rows: Iterable[tuple[Any, ...]], error: type[GalleryError] = DamagedGalleryError
 ) -> None:
@@ -93,20 +108,26 @@ def check_stored(
     """
     for row in rows:
         check_records((row[_VALUES],), error)
-        check_vectors(((row[1], row[_VECTOR_CHECKSUM], row[-1]),), error)
+        check_embeddings((row,), error)
 
 
-def to_stored(row: tuple[Any, ...]) -> Stored:
+def to_stored(
+    row: tuple[Any, ...], error_type: type[GalleryError] = GalleryUnavailableError
+) -> Stored:
     """The record in a row that begins with the values of `STORED`.
 
+    Args:
+        row: The row.
+        error_type: What to raise.
+
     Raises:
-        GalleryUnavailableError: It was damaged; the message names its tracklet.
+        GalleryError: It was damaged; the message names its tracklet.
     """
-    check_records((row[_VALUES],), GalleryUnavailableError)
+    check_records((row[_VALUES],), error_type)
     try:
         return Stored(row[0], _to_record(row))
     except (ValueError, OverflowError, TypeError) as error:
-        raise GalleryUnavailableError(
+        raise error_type(
             f"expected a record of the tracklet {row[1]} that can be read, got a damaged one. "
             "Restore a snapshot, or stop the service and erase that tracklet"
         ) from error

@@ -34,6 +34,7 @@ from index.gallery import (
 from index.intact import check_intact
 from index.leftovers import remove_second_names, remove_unfinished
 from index.locks import DirectoryLock
+from index.log_loss import forget_copy
 from index.probe import WriteProbe
 from index.properties import Name, read_property, replace_property, stored_as
 from index.recognition import content_of
@@ -201,6 +202,7 @@ class Store:
         shutil.rmtree(directory / RESTORING_NAME, ignore_errors=True)
         remove_unfinished(directory)
         remove_second_names(self._path)
+        forget_copy(self._path)
 
     def close(self, *, as_it_is: bool = False) -> None:
         """Release the file. Reads that have begun may end; new ones are refused.

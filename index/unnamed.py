@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from index.gallery import Embeddings
+from index.gallery import DamagedGalleryError, Embeddings
 from index.reading import reading
 from index.recognition import require_newest
-from index.rows import STORED, check_stored, to_stored
+from index.rows import STORED, check_embeddings, to_stored
 from index.store import to_matrix
 
 
@@ -55,8 +55,8 @@ def read_unnamed(
             "ORDER BY key LIMIT ?",
             [with_strips, not cameras, json.dumps(sorted(cameras)), most + 1],
         ).fetchall()
-    check_stored(found)
-    records = [to_stored(row).record for row in found]
+    check_embeddings(found)
+    records = [to_stored(row, DamagedGalleryError).record for row in found]
     vectors = to_matrix([row[-1] for row in found]) if found else np.empty((0, 0), np.float32)
     strips = {row[1]: row[-2] for row in found if row[-2] is not None}
     return UnnamedTracklets(

@@ -238,7 +238,10 @@ def run_mend(data_dir: Path, console: Console, *, lose_log: bool = False) -> Men
     if done.left == "log":
         _say(console, f"cut {decimal(done.log_bytes)} off the log: changes in it are lost")
     if done.left == "file":
-        _say(console, "removed the log: the gallery's file is newer than what is left of it")
+        _say(
+            console,
+            "removed the log: what it alone held is lost, what was copied into the file is there",
+        )
     if done.orphans:
         _say(console, f"dropped {done.orphans} embeddings, strips and frames of no tracklet")
     if done.erasures:

@@ -25,6 +25,7 @@ from index.gallery import DamagedGalleryError, Filters, GalleryUnavailableError,
 from index.ledger import LedgerError, read_ledger, stored_ledger, write_ledger
 from index.mending import erase_stored, mend
 from index.restore import restore
+from index.saved import FILE_NAME as INDEX_NAME
 from index.schema import APPLICATION_ID, MIGRATIONS
 from index.snapshot import snapshot
 from index.store import FILE_NAME, RESTORING_NAME, Store
@@ -619,6 +620,19 @@ def test_what_belongs_to_no_tracklet_is_told_by_snapshots(pictured: Path, table:
     assert mend(pictured).orphans == (2 if table == "frames" else 1)
     assert mend(pictured).orphans == 0
     snapshot(pictured, pictured.parent / "saved")
+
+
+def test_mending_leaves_no_saved_index_with_vectors_of_nobody(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.factories._LEAST_TRAINING_ROWS", 40)
+    filled(directory, index="IVF1,Flat")
+    assert (directory / INDEX_NAME).exists()
+    run_sql(directory, "DELETE FROM tracklets WHERE key = 8")
+
+    assert mend(directory).orphans == 1
+
+    assert not (directory / INDEX_NAME).exists()
 
 
 def test_an_index_on_the_properties_that_is_damaged_hides_none_of_them(directory: Path) -> None:

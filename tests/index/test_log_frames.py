@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from index import log_frames
+from index import log_frames, log_loss
 from index.embedded import EmbeddedGallery
-from index.gallery import DamagedGalleryError, GalleryUnavailableError
+from index.gallery import DamagedGalleryError, Filters, GalleryUnavailableError
 from index.intact import check_intact
-from index.log_frames import FRAME_HEADER_BYTES, HEADER_BYTES, LogFrames, read_log
+from index.log_frames import FRAME_HEADER_BYTES, HEADER_BYTES, LogFrames, compare, read_log
 from index.mending import mend
 from index.reading import reading
 from index.saved import FILE_NAME as INDEX_NAME
@@ -172,46 +172,142 @@ def test_a_log_that_is_cut_where_it_is_damaged_gives_what_was_stored_before(
     assert stored(killed.directory) == 6
 
 
-@pytest.mark.parametrize("copied", [3, 7, 12])
-def test_what_a_checkpoint_had_copied_already_is_not_overlaid_with_older_pages(
-    directory: Path, copied: int
-) -> None:
-    """As a kill leaves it between a checkpoint and the next write: what is left once was, or all.
+def checkpointed(directory: Path, after: int, *, erased: bool = False) -> Killed:
+    """As a kill leaves it between a checkpoint and the next write.
 
     Args:
         directory: Of the gallery.
-        copied: After how many of 12 enrolments the log was copied into the file.
+        after: How many of 12 enrolments the log was copied into the file.
+        erased: Whether half of those were erased before, which leaves pages of zeros.
     """
     copy, ends = directory.with_name("killed"), []
     with EmbeddedGallery(directory) as gallery:
         for row in range(12):
             gallery.add([make_enrolment(f"t{row}", [row] * 600)])
-            ends.append(len(read_log(directory / LOG_NAME).good))
-            if row + 1 == copied:
+            if row + 1 == after:
+                if erased:
+                    gallery._store._writer.execute("DELETE FROM tracklets WHERE key % 2")
                 reader = sqlite3.connect(directory / FILE_NAME, isolation_level=None)
-                reader.execute("BEGIN")
+                reader.execute("BEGIN")  # so that the log is not begun anew
                 reader.execute("SELECT count(*) FROM tracklets").fetchone()
                 gallery._store._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            ends.append(len(read_log(directory / LOG_NAME).good))
         shutil.copytree(directory, copy)
         reader.close()
-    killed = Killed(copy, ends)
-    sound, file = killed.log.read_bytes(), (copy / FILE_NAME).read_bytes()
+    return Killed(copy, ends)
+
+
+def ids(directory: Path) -> list[str]:
+    with EmbeddedGallery(directory) as gallery:
+        gallery.check()
+        return [each.tracklet_id for each in gallery.list(Filters(), limit=100).records]
+
+
+@pytest.mark.parametrize("after", [3, 7, 12])
+def test_what_a_checkpoint_had_copied_already_is_not_overlaid_with_older_pages(
+    directory: Path, after: int
+) -> None:
+    """What is left of a damaged log is a state that there was, and no less than the file had."""
+    killed = checkpointed(directory, after)
+    sound, file = killed.log.read_bytes(), (killed.directory / FILE_NAME).read_bytes()
     counts = set()
-    for frame in range(0, ends[-2], 3):
+    for frame in range(0, killed.ends[-2], 3):
         killed.log.write_bytes(sound)
-        (copy / FILE_NAME).write_bytes(file)
+        (killed.directory / FILE_NAME).write_bytes(file)
         killed.flip(HEADER_BYTES + frame * FRAME_BYTES + 2000)
 
-        mend(copy, lose_log=True)
+        mend(killed.directory, lose_log=True)
 
-        before = sum(end <= frame for end in ends)  # the damage
-        with EmbeddedGallery(copy) as gallery:
-            assert gallery.counts().tracklets == max(
-                before, copied if frame < ends[copied - 1] else 0
-            )
-            gallery.check()
-        counts.add(max(before, copied))
-    assert len(counts) > (copied < 12)
+        before = sum(end <= frame for end in killed.ends)  # the damage
+        left = max(before, after if frame < killed.ends[after - 1] else 0)
+        assert ids(killed.directory) == [f"t{row}" for row in range(left)]
+        assert not (killed.directory / f"{LOG_NAME}.damaged").exists()
+        counts.add(left)
+    assert len(counts) > (after < 12)
+
+
+def test_damage_in_the_last_enrolment_is_told_where_that_was_copied_already(
+    directory: Path,
+) -> None:
+    """It looks like what a loss of power left, but nothing is copied that was not acknowledged."""
+    killed = checkpointed(directory, 12)
+    sound, file = killed.log.read_bytes(), (killed.directory / FILE_NAME).read_bytes()
+    for frame in range(killed.ends[-2], killed.ends[-1]):
+        killed.log.write_bytes(sound)
+        (killed.directory / FILE_NAME).write_bytes(file)
+        killed.flip(HEADER_BYTES + frame * FRAME_BYTES + 2000)
+        before = killed.log.read_bytes()
+
+        for begin in (EmbeddedGallery, mend):
+            with pytest.raises(DamagedGalleryError, match="while the file has what was in it"):
+                begin(killed.directory)
+        assert (killed.log.read_bytes(), (killed.directory / FILE_NAME).read_bytes()) == (
+            before,
+            file,
+        )
+
+        assert mend(killed.directory, lose_log=True).left == "file"
+        assert ids(killed.directory) == [f"t{row}" for row in range(12)]
+
+
+def test_pages_of_zeros_that_were_copied_do_not_keep_a_gallery_from_being_mended(
+    directory: Path,
+) -> None:
+    """An erasure overwrites them."""
+    killed = checkpointed(directory, 12, erased=True)
+    assert compare(killed.directory / FILE_NAME, read_log(killed.log)).blank.any()
+    killed.flip(HEADER_BYTES + killed.ends[3] * FRAME_BYTES + 2000)
+
+    assert mend(killed.directory, lose_log=True).left == "file"
+
+    assert ids(killed.directory) == [f"t{row}" for row in range(1, 12, 2)]
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["before the cut", "after the cut"])
+def test_a_mend_that_was_killed_is_done_anew(killed: Killed, cut: bool) -> None:
+    """It leaves a copy of the log, and the log itself or a begin of it."""
+    killed.flip(HEADER_BYTES + (killed.ends[5] + 1) * FRAME_BYTES + 100)
+    damaged_log, copy = killed.log.read_bytes(), killed.directory / f"{LOG_NAME}.damaged"
+    copy.write_bytes(damaged_log if cut else damaged_log[:5000])
+    if cut:
+        killed.log.write_bytes(damaged_log[: HEADER_BYTES + killed.ends[5] * FRAME_BYTES])
+
+    with pytest.raises(DamagedGalleryError, match="mend --lose-log"):
+        mend(killed.directory)
+    assert killed.log.read_bytes() == damaged_log
+
+    assert mend(killed.directory, lose_log=True).left == "log"
+    assert not copy.exists()
+    assert stored(killed.directory) == 6
+
+
+def test_a_start_removes_what_a_killed_mend_kept_of_a_log(killed: Killed) -> None:
+    """It holds people, and no erasure would reach it."""
+    copy = killed.directory / f"{LOG_NAME}.damaged"
+    copy.write_bytes(killed.log.read_bytes())
+
+    assert stored(killed.directory) == 12
+    assert not copy.exists()
+
+
+def test_a_cut_that_leaves_no_sound_gallery_is_undone(
+    killed: Killed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed.flip(HEADER_BYTES + (killed.ends[5] + 1) * FRAME_BYTES + 100)
+    before, modes = killed.log.read_bytes(), []
+
+    def refuse(_: Path, **__: str) -> None:
+        assert len(killed.log.read_bytes()) < len(before)
+        modes.append((killed.directory / f"{LOG_NAME}.damaged").stat().st_mode & 0o777)
+        raise DamagedGalleryError("it is not")
+
+    monkeypatch.setattr(log_loss, "check_file", refuse)
+    with pytest.raises(DamagedGalleryError, match="Nothing was changed: restore a snapshot"):
+        mend(killed.directory, lose_log=True)
+
+    assert modes == [0o600]
+    assert killed.log.read_bytes() == before
+    assert not (killed.directory / f"{LOG_NAME}.damaged").exists()
 
 
 def test_a_log_of_which_the_file_has_a_part_is_refused_and_left(killed: Killed) -> None:
