@@ -18,7 +18,7 @@ from index.saved import SavedIndex
 from index.schema import open_writer, readable, translated
 from index.soundness import OF_TRACKLETS, check_tracklet, tracklets_of
 from index.store import FILE_NAME, LOCK_NAME, Store
-from index.transaction import no_tracklet
+from index.transaction import Transaction, no_tracklet
 from index.vector_storage import storage_of
 
 
@@ -116,10 +116,7 @@ def erase_stored(
         with store.transaction() as transaction:
             # A damaged record may not be found, or be erased, otherwise.
             transaction.connection.execute("REINDEX")
-            found = transaction.shown([tracklet_id])
-            if not found:
-                raise no_tracklet(tracklet_id)
-            key, identity = found[tracklet_id]
+            key, identity = _find(transaction, tracklet_id)
             transaction.erase({key: tracklet_id}, at=clock())
             _drop_what_is_nobodys(transaction.connection)
             transaction.commit()
@@ -127,6 +124,22 @@ def erase_stored(
     finally:
         store.close()
     return identity
+
+
+def _find(transaction: Transaction, tracklet_id: str) -> tuple[int, str | None]:
+    """The key and the identity of a tracklet, by its id as `mend` tells it."""
+    if found := transaction.shown([tracklet_id]):
+        return found[tracklet_id]
+    # Damage may have made no text of it, and then no index leads there.
+    rows = transaction.connection.execute("SELECT tracklet_id, key, identity FROM tracklets")
+    for stored_id, key, identity in rows:
+        if _as_text(stored_id) == tracklet_id:
+            return key, identity
+    raise no_tracklet(tracklet_id)
+
+
+def _as_text(stored_id: str | bytes) -> str:
+    return readable(stored_id) if isinstance(stored_id, bytes) else str(stored_id)
 
 
 def _required(data_dir: Path) -> Path:
@@ -184,4 +197,4 @@ def _damaged(connection: sqlite3.Connection) -> Iterator[str]:
         try:
             check_tracklet(stored)
         except DamagedGalleryError:
-            yield stored.row[1]
+            yield _as_text(stored.row[1])

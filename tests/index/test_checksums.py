@@ -472,6 +472,22 @@ def test_a_text_that_is_none_is_told_without_showing_it(full: Path, column: str)
         assert gallery.counts().tracklets == ROWS - 1
 
 
+@pytest.mark.parametrize("stored_id", ["CAST(x'7437FF' AS TEXT)", "x'7437FF'", "x'7437'", "7"])
+def test_a_tracklet_whose_id_is_no_text_any_more_is_erased_by_what_mending_calls_it(
+    full: Path, stored_id: str
+) -> None:
+    run_sql(full, f"UPDATE tracklets SET tracklet_id = {stored_id} WHERE key = 8")  # noqa: S608
+    with pytest.raises(DamagedGalleryError):
+        EmbeddedGallery(full)
+
+    [named] = mend(full).tracklets
+    assert erase_stored(full, named) == "p7"
+
+    with EmbeddedGallery(full) as gallery:
+        assert gallery.counts().tracklets == ROWS - 1
+        assert len(gallery.erasures().entries) == 1
+
+
 @pytest.fixture
 def pictured(directory: Path) -> Path:
     """Three tracklets with a strip and two kept frames each."""
